@@ -1,0 +1,79 @@
+"""Reads JSON Lines strictly: every problem names the file and the line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from infopt.errors import InputError, unknown
+
+
+def read_file(path: Path, hint: str) -> str:
+    """The file's text, without a byte order mark. Raises InputError when it is missing, not UTF-8, or blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", hint="check the path; it is taken from the working directory") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})", hint="save the file as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})", hint="give a readable text file") from None
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty", hint=hint)
+    return text
+
+
+def read_rows(path: Path, keys: Collection[str], hint: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (`file:line`, row) for every line that is not blank; only `keys` are allowed. Raises InputError."""
+    for number, line in enumerate(read_file(path, hint).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{where}: broken JSON ({error.msg}, column {error.colno})", hint="one JSON object per line"
+            ) from None
+        except RecursionError:
+            raise InputError(f"{where}: broken JSON (nested too deeply)", hint="one JSON object per line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: found {kind(row)}; a row is a JSON object", hint=hint)
+        check_keys(row, keys, where)
+        yield where, row
+
+
+def check_keys(mapping: dict[str, Any], keys: Collection[str], where: str) -> None:
+    for key in mapping:
+        if key not in keys:
+            raise InputError(f"{where}: {unknown('key', key, keys)}", hint=f"allowed: {', '.join(keys)}")
+
+
+def kind(value: object) -> str:
+    """A JSON value's type and itself, short, for messages."""
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    name = names.get(type(value), "null")
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return name if value is None else f"{name} ({text if len(text) <= 40 else text[:37] + '...'})"
+
+
+def want_text(row: dict[str, Any], key: str, where: str) -> str:
+    """The string under `key`, not blank. Raises InputError."""
+    if key not in row:
+        raise InputError(f"{where}: {key!r} is missing", hint=f'add "{key}": "..."')
+    value = row[key]
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: {key} is {kind(value)}; a string that is not blank is wanted", hint=f'e.g. "{key}": "..."')
+    return value
+
+
+def want_count(row: dict[str, Any], key: str, where: str) -> int | None:
+    """The whole number ≥ 1 under `key`, None when the key is absent. Raises InputError."""
+    if key not in row:
+        return None
+    value = row[key]
+    if type(value) is not int or value < 1:
+        raise InputError(f"{where}: {key} is {kind(value)}; a whole number of at least 1 is wanted", hint=f'e.g. "{key}": 64')
+    return value

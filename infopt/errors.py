@@ -1,0 +1,89 @@
+"""Every error infopt raises on purpose, and the exit code each one ends the command with.
+
+    InfoptError                       1  the tool or the run failed
+    ├── InputError                    2  refused before work starts: a bad flag, file, model or prompt
+    │   ├── RecipeError               2  a recipe that does not say what it should
+    │   └── MissingNeedError          2  this machine lacks what the recipe needs (see `infopt doctor`)
+    ├── LoadBackError                 1  a saved artifact does not reload as what was saved
+    ├── WorkerError                   1  a measuring process died or answered nonsense
+    ├── DiskFullError                 1  no space left while writing
+    └── NotComparableError            5  two stored runs differ in machine or method, or a baseline is missing
+
+A message says what was found and what is allowed; the hint says what to type next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Process exit codes; CI scripts rely on them."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    GATE_FAILED = 3
+    INCONCLUSIVE = 4
+    NOT_COMPARABLE = 5
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class InfoptError(Exception):
+    """Base of all deliberate errors. `str(error)` is one line; `error.hint` is the next thing to do."""
+
+    exit_code: Exit = Exit.FAILED
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InputError(InfoptError):
+    exit_code = Exit.USAGE
+
+
+class RecipeError(InputError):
+    """`path` is where in the recipe, e.g. `steps[1].gptq.bits`; it opens the message."""
+
+    def __init__(self, path: str, message: str, *, hint: str | None = None) -> None:
+        super().__init__(f"{path}: {message}" if path else message, hint=hint)
+        self.path = path
+
+
+class MissingNeedError(InputError):
+    pass
+
+
+class LoadBackError(InfoptError):
+    pass
+
+
+class WorkerError(InfoptError):
+    pass
+
+
+class DiskFullError(InfoptError):
+    pass
+
+
+class NotComparableError(InfoptError):
+    exit_code = Exit.NOT_COMPARABLE
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word closest to `word`, or None when nothing is close (difflib ratio 0.6)."""
+    matches = difflib.get_close_matches(word, sorted(known), n=1)
+    return matches[0] if matches else None
+
+
+def unknown(what: str, word: str, known: Iterable[str]) -> str:
+    """One sentence for an unknown name: what it was, the nearest known one, or else the whole list."""
+    names = sorted(known)
+    close = nearest(word, names)
+    if close:
+        return f"unknown {what} {word!r}; did you mean {close!r}?"
+    return f"unknown {what} {word!r}; known: {', '.join(names)}"

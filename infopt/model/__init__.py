@@ -1,0 +1,1 @@
+"""References to models, and the only code that reads or writes weights."""

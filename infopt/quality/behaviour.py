@@ -1,0 +1,199 @@
+"""Tier 2: what the candidate answers to the same prompts, next to the reference.
+
+`run_prompts` lets an engine answer; everything else is arithmetic on answers that exist. A prompt with rules is *kept*
+(both pass), *broken* (only the reference passes), *fixed* (only the candidate) or *both_fail*. Equal pass counts can hide
+many of both, so broken and fixed are never netted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from infopt.data.expect import Failure, is_refusal
+from infopt.data.prompts import Prompt, encode
+from infopt.errors import InputError
+from infopt.protocols import Engine, Progress, Request
+from infopt.quality.values import figure_value
+from infopt.result import Value
+from infopt.shares import mcnemar_p, share_interval
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Status = Literal["kept", "broken", "fixed", "both_fail"]
+Margin = Callable[[Sequence[int], Sequence[int], int], float]
+"""(prompt ids, the reference's output ids, position) → the reference's top-2 logit margin at that output position."""
+
+REPEAT_LENGTH = 4
+DEFAULT_MAX_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt answered. `output_ids` ends before the end-of-text token; `text` has no special tokens."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One prompt, before and after. `status` is None for a prompt without rules."""
+
+    id: str
+    status: Status | None
+    failures_reference: tuple[Failure, ...]
+    failures: tuple[Failure, ...]
+    divergence: int | None
+    """Index of the first output token that differs, or at which only one has ended; None when all are the same."""
+    divergence_margin: float | None
+    """How sure the reference was there: its logit for its own token minus the next best. Small means a coin flip."""
+    tokens_reference: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class BehaviourResult:
+    """Outcomes per prompt; shares derived from them are of all prompts unless said otherwise."""
+
+    outcomes: tuple[Outcome, ...]
+    repetition_reference: float | None
+    repetition: float | None
+    """Mean share of repeated 4-grams, over the answers that have one; None when none has."""
+    refusals_reference: int
+    refusals: int
+
+    def count(self, status: Status) -> int:
+        return sum(outcome.status == status for outcome in self.outcomes)
+
+    @property
+    def checked(self) -> int:
+        """Prompts that have rules."""
+        return sum(outcome.status is not None for outcome in self.outcomes)
+
+    @property
+    def same(self) -> int:
+        """Prompts answered with the reference's exact tokens."""
+        return sum(outcome.divergence is None for outcome in self.outcomes)
+
+    @property
+    def mcnemar_p(self) -> float:
+        return mcnemar_p(self.count("broken"), self.count("fixed"))
+
+    def figures(self) -> dict[str, Value]:
+        counts = {
+            "behaviour.pass_share": (self.count("kept") + self.count("fixed"), self.checked),
+            "behaviour.broken_share": (self.count("broken"), self.checked),
+            "behaviour.same_share": (self.same, len(self.outcomes)),
+        }
+        return dict(
+            figure_value(key, interval.estimate, total, interval=interval)
+            if (interval := share_interval(found, total) if total else None)
+            else figure_value(key, None, 0, reason="no prompt has expect rules")
+            for key, (found, total) in counts.items()
+        )
+
+
+def run_prompts(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    default_max_tokens: int = DEFAULT_MAX_TOKENS,
+    progress: Progress = lambda line: None,
+) -> list[Answer]:
+    """Lets `engine` answer each prompt alone, so that no answer depends on its neighbours in a batch.
+
+    A row without `max_tokens` may use `default_max_tokens`, or one more than its rule allows, so that the rule can fail.
+    """
+    ends = set(tokenizer.all_special_ids)
+    answers = []
+    for number, prompt in enumerate(prompts, start=1):
+        progress(f"behaviour: prompt {number} of {len(prompts)}")
+        prompt_ids = encode(prompt, tokenizer)
+        allowed = prompt.expect.max_tokens if prompt.expect else None
+        limit = prompt.max_tokens or max(default_max_tokens, (allowed or 0) + 1)
+        trace = engine.generate([Request(prompt.id, prompt_ids, limit, ignore_eos=False)])
+        output_ids = list(trace.output_ids[0])
+        while output_ids and output_ids[-1] in ends:
+            output_ids.pop()
+        text = str(tokenizer.decode(output_ids, skip_special_tokens=True))
+        answers.append(Answer(prompt.id, prompt_ids, tuple(output_ids), text))
+    return answers
+
+
+def compare_answers(
+    prompts: Sequence[Prompt], reference: Sequence[Answer], candidate: Sequence[Answer], margin: Margin | None = None
+) -> BehaviourResult:
+    """What changed, prompt by prompt. `margin` is asked only where outputs diverge. Raises InputError for other prompts."""
+    ids = [prompt.id for prompt in prompts]
+    if not ids or [a.id for a in reference] != ids or [a.id for a in candidate] != ids:
+        raise InputError("reference and candidate did not answer the same prompts", hint="run both on one prompts file")
+    return BehaviourResult(
+        outcomes=tuple(_outcome(*row, margin) for row in zip(prompts, reference, candidate, strict=True)),
+        repetition_reference=_mean_repetition(reference),
+        repetition=_mean_repetition(candidate),
+        refusals_reference=sum(is_refusal(answer.text) for answer in reference),
+        refusals=sum(is_refusal(answer.text) for answer in candidate),
+    )
+
+
+def first_divergence(reference: Sequence[int], candidate: Sequence[int]) -> int | None:
+    """Index of the first difference; the shorter length where one continues the other; None for equal outputs."""
+    if tuple(reference) == tuple(candidate):
+        return None
+    pairs = zip(reference, candidate, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(reference), len(candidate)))
+
+
+def repetition(ids: Sequence[int], length: int = REPEAT_LENGTH) -> float | None:
+    """Share of the n-grams that occurred before in the same output; None for an output without any n-gram."""
+    grams = Counter(tuple(ids[i : i + length]) for i in range(len(ids) - length + 1))
+    total = sum(grams.values())
+    return (total - len(grams)) / total if total else None
+
+
+def top_two_margin(logits_of: Callable[[torch.Tensor], torch.Tensor]) -> Margin:
+    """The `margin` that `compare_answers` asks for, from the reference as `[1, tokens] ids → [1, tokens, vocabulary]`."""
+
+    def margin(prompt_ids: Sequence[int], output_ids: Sequence[int], position: int) -> float:
+        import torch
+
+        with torch.inference_mode():
+            logits = logits_of(torch.tensor([[*prompt_ids, *output_ids[:position]]], dtype=torch.int64))
+            best, second = logits[0, -1].float().topk(2).values.tolist()
+        return float(best - second)
+
+    return margin
+
+
+def _outcome(prompt: Prompt, old: Answer, new: Answer, margin: Margin | None) -> Outcome:
+    failures_old = prompt.expect.check(old.text, len(old.output_ids)) if prompt.expect else ()
+    failures_new = prompt.expect.check(new.text, len(new.output_ids)) if prompt.expect else ()
+    divergence = first_divergence(old.output_ids, new.output_ids)
+    return Outcome(
+        id=prompt.id,
+        status=_status(not failures_old, not failures_new) if prompt.expect else None,
+        failures_reference=failures_old,
+        failures=failures_new,
+        divergence=divergence,
+        divergence_margin=None if margin is None or divergence is None else margin(old.prompt_ids, old.output_ids, divergence),
+        tokens_reference=len(old.output_ids),
+        tokens=len(new.output_ids),
+    )
+
+
+def _status(passed_before: bool, passes: bool) -> Status:
+    if passed_before:
+        return "kept" if passes else "broken"
+    return "fixed" if passes else "both_fail"
+
+
+def _mean_repetition(answers: Sequence[Answer]) -> float | None:
+    shares = [share for answer in answers if (share := repetition(answer.output_ids)) is not None]
+    return sum(shares) / len(shares) if shares else None

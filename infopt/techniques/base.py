@@ -1,0 +1,73 @@
+"""What a technique is: options, needs, two hooks.
+
+A technique's file holds one class and ends with `TECHNIQUE = ThatClass`. Its class docstring is its manual: the idea,
+the paper, each option with unit, range and default. Torch and other heavy libraries are imported inside the hooks, so
+that a recipe can be checked in milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from infopt.protocols import Context, Machine, Prediction, Shapes
+
+if TYPE_CHECKING:
+    from infopt.model.bundle import Bundle
+    from infopt.model.plan import LoadPlan
+
+
+class Options(BaseModel):
+    """Base of every technique's options: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be there before the technique can run; `doctor` checks each and names what is missing."""
+
+    modules: tuple[str, ...] = ()
+    """Importable packages, e.g. ("bitsandbytes",)."""
+    compiler: bool = False
+    """A C++ compiler on the PATH."""
+    cuda: bool = False
+    calibration: bool = False
+    """Reads the recipe's calibration text."""
+
+
+class Technique:
+    """Base of all techniques. Subclasses set the class attributes and override `plan`, `apply` or both."""
+
+    Options: ClassVar[type[Options]] = Options
+    needs: ClassVar[Needs] = Needs()
+    neutral: ClassVar[dict[str, Any] | None] = None
+    """Options under which the model must not change at all, or None when there are none."""
+    reload_tolerance: ClassVar[float] = 0.0
+    """Largest allowed |logit| change after save and reload; above 0 the docstring says why."""
+    at_load: ClassVar[bool] = False
+    """True when there is no loadable file format: the artifact stores the weights from before this step, and the
+    step runs again whenever the artifact is opened."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def check(self, shapes: Shapes, path: str) -> None:
+        """Refuses options that this model's shapes do not allow. `path` is the step's place in the recipe.
+
+        Raises RecipeError.
+        """
+
+    def plan(self, plan: LoadPlan) -> LoadPlan:
+        """Before weights are read. Pure."""
+        return plan
+
+    def apply(self, bundle: Bundle, context: Context) -> Bundle:
+        """After weights are read. Consumes `bundle`."""
+        return bundle
+
+    def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
+        """What this step will cost on `machine`, for `optimize --dry-run`."""
+        return before
