@@ -66,7 +66,7 @@ def parse_gates(mapping: Mapping[Any, Any] | None, where: str) -> tuple[Gate, ..
 def load_gates(path: Path) -> tuple[Gate, ...]:
     """The gates of a YAML file: figures at the top level, or under `gates:`. Raises InputError."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
     except FileNotFoundError:
         raise InputError(f"{path}: no such gates file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -84,7 +84,7 @@ def load_gates(path: Path) -> tuple[Gate, ...]:
     return parse_gates(data, where)
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """Refuses a key written twice: plain YAML keeps the last, and a gate would be lost in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -157,6 +157,12 @@ def min_pairs(alpha: float) -> int:
     return math.ceil(1 - math.log2(alpha) - 1e-12)
 
 
+def repeats_needed(repeats: int, excess: float) -> int | None:
+    """Repeats that shrink an effect `excess` times too wide, as √n does; None when that is more than a million."""
+    needed = repeats * excess * excess
+    return math.ceil(needed) if needed <= 1e6 else None
+
+
 @dataclass(frozen=True)
 class PairedEffect:
     """Candidate ÷ baseline from paired blocks, judged at level `alpha`. Logs are natural."""
@@ -201,15 +207,15 @@ class PairedEffect:
     def pairs_needed(self, log_tau: float) -> int | None:
         """Pairs at which the minimum detectable effect would be |log_tau|, the spread staying as observed.
 
-        None for a threshold of 0, or when the spread is unknown.
+        None for a threshold of 0, when the spread is unknown, or when no practical number would do.
         """
         if log_tau == 0 or self.standard_error is None:
             return None
         quantiles = normal_quantile(1 - self.alpha / 2) + normal_quantile(POWER)
-        needed = math.ceil(self.pairs * (quantiles * self.standard_error / log_tau) ** 2)
-        if self.mde is not None and self.mde > abs(log_tau):
+        needed = repeats_needed(self.pairs, quantiles * self.standard_error / abs(log_tau))
+        if needed is not None and self.mde is not None and self.mde > abs(log_tau):
             needed = max(needed, self.pairs + 1)
-        return max(needed, min_pairs(self.alpha))
+        return None if needed is None else max(needed, min_pairs(self.alpha))
 
     def p_value(self, log_tau: float) -> float:
         """Exact two-sided p for "the log-ratio is `log_tau`"; it is ≤ alpha exactly when the interval excludes it."""

@@ -77,6 +77,11 @@ def percent(share: float | None, *, signed: bool = False) -> str:
     return f"{value:+.{digits}f} %" if signed else f"{value:.{digits}f} %"
 
 
+def points(share: float | None) -> str:
+    """A difference of shares for people, in percentage points: -0.017 → `-1.7 pt`."""
+    return ABSENT if share is None or math.isnan(share) else f"{share * 100:+.1f} pt"
+
+
 def significant(value: float | None, digits: int = 3) -> str:
     """A plain number with `digits` significant digits and no exponent between 1e-4 and 1e6."""
     if value is None or math.isnan(value):

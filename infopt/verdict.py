@@ -32,6 +32,7 @@ from infopt.stats import (
     normal_quantile,
     paired_effect,
     percentile,
+    repeats_needed,
     unpaired_log_ratio,
 )
 
@@ -114,7 +115,7 @@ def judge_tail(
     mde = needed = None
     if log.low is not None and log.high is not None:
         mde = (log.high - log.low) / 2 + normal_quantile(POWER) * tail.standard_error
-        needed = max(min_pairs(alpha), math.ceil(len(both) * (mde / limit) ** 2)) if limit else None
+        needed = repeats_needed(len(both), mde / abs(limit)) if limit else None
     harm = _Harm(log, mde, tail.p_value(limit), len(both), needed, alpha, _few(len(both), alpha))
     return _judge_harm(key, gate, harm, baseline, candidate)
 
@@ -173,7 +174,8 @@ def _judge_harm(
     if harm.log.low is None:
         notes.append(harm.blind)
     elif harm.mde is not None and harm.mde > abs(limit) > 0:
-        what = f"needs about {harm.pairs_needed} pairs" if harm.pairs_needed else harm.blind
+        what = harm.blind if harm.pairs is None else "no practical number of pairs would do"
+        what = f"needs about {harm.pairs_needed} pairs" if harm.pairs_needed else what
         notes.append(f"this machine cannot see {units.percent(abs(tau))}; {what}")
     mde = None if harm.mde is None else math.expm1(harm.mde) if is_lower_better else -math.expm1(-harm.mde)
     return judgement(
@@ -270,7 +272,7 @@ def judge_accuracy(
     margin, interval = DEFAULT_MARGIN if gate is None else gate.limit, change.interval
     verdict, note = three_way(-interval, margin), None
     if change.mde > margin:
-        items = math.ceil(total * (change.mde / margin) ** 2) if margin else None
+        items = repeats_needed(total, change.mde / margin) if margin else None
         needs = f"; needs about {items} items" if items else ""
         note = f"{total} items cannot show a drop of {units.percent(margin)}{needs}"
         verdict = verdict if verdict is Verdict.FAIL else Verdict.INCONCLUSIVE

@@ -36,7 +36,7 @@ _CANNOT = r"(?:can(?:not|'t| not)|could(?:n't| not)|won't|will not|am (?:not abl
 _HELP = r"(?:help|assist|provide|answer|do|fulfill|comply|support|create|write|give|share|generate|engage|offer|discuss)\b"
 _REFUSAL = re.compile(
     rf"\bi (?:\w+ )?{_CANNOT} (?:\w+ly )?{_HELP}|\bi'm (?:\w+ )?(?:not able|unable) to {_HELP}"
-    r"|\bi(?: must|'ll have to| have to)? (?:decline|refuse)\b"
+    r"|\bi(?: must|'ll have to| have to)? (?:decline|refuse)\b|\bi (?:do not|don't) have the (?:ability|capability|capacity)\b"
     r"|\bas an ai\b[^.]{0,60}\b(?:cannot|can't|unable|not able|don't)\b"
     r"|\b(?:i'm|i am) sorry\b[^.]{0,30}\bi (?:can't|cannot|can not|won't|am not able|am unable)\b",
     re.IGNORECASE,

@@ -7,12 +7,14 @@ that a recipe can be checked in milliseconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from infopt.needs import Needs
 from infopt.protocols import Context, Machine, Prediction, Shapes
+
+__all__ = ["Needs", "Options", "Technique"]
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
@@ -23,19 +25,6 @@ class Options(BaseModel):
     """Base of every technique's options: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What must be there before the technique can run; `doctor` checks each and names what is missing."""
-
-    modules: tuple[str, ...] = ()
-    """Importable packages, e.g. ("bitsandbytes",)."""
-    compiler: bool = False
-    """A C++ compiler on the PATH."""
-    cuda: bool = False
-    calibration: bool = False
-    """Reads the recipe's calibration text."""
 
 
 class Technique:
@@ -71,3 +60,7 @@ class Technique:
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
         """What this step will cost on `machine`, for `optimize --dry-run`."""
         return before
+
+    def reopen(self, bundle: Bundle) -> Bundle:
+        """After an artifact of this technique was loaded the plain way: swap in the layers that run it faster."""
+        return bundle

@@ -1,0 +1,98 @@
+"""An arm: one model, one recipe, one engine. Parsed from `MODEL[:RECIPE]`, checked before any process starts.
+
+Torch-free: comparing needs to know what an arm is, only its worker opens it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infopt import artifact, recipe, techniques
+from infopt.errors import InputError
+from infopt.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Flags that say how models are opened, the same for every arm of a command."""
+
+    device: str = "auto"
+    dtype: str | None = None
+    """Overrides the recipes' `engine.dtype`."""
+    threads: int | None = None
+    seed: int = 0
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """What a worker needs to open an arm. `recipe` is resolved; an artifact's own run-time half is already in it."""
+
+    label: str
+    model: str
+    recipe: Recipe
+    is_artifact: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"label": self.label, "model": self.model, "recipe": self.recipe.as_dict(), "is_artifact": self.is_artifact}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> ArmSpec:
+        document = recipe.parse(data["recipe"], techniques.find)
+        return ArmSpec(data["label"], data["model"], document, data["is_artifact"])
+
+
+def split(text: str) -> tuple[str, str | None]:
+    """`demo:recipes/int8.yaml` → (`demo`, `recipes/int8.yaml`)."""
+    model, colon, name = text.rpartition(":")
+    return (model, name) if colon and model else (text, None)
+
+
+def spec(model: str, recipe_name: str | None, overrides: Sequence[str] = (), dtype: str | None = None) -> ArmSpec:
+    """The arm of a model and a recipe (default: `baseline`, or an artifact's own). Raises InputError.
+
+    An artifact is already optimized: a recipe given for it may only change how it runs.
+    """
+    overrides = [*overrides, f"engine.dtype={dtype}"] if dtype else list(overrides)
+    folder = Path(model)
+    if not artifact.is_artifact(folder):
+        chosen = recipe.load(recipe_name or "baseline", techniques.find, overrides)
+        label = chosen.name if recipe_name else _short(model)
+        return ArmSpec(label, model, chosen)
+    if recipe_name is None:
+        own = recipe.load(str(folder / "recipe.yaml"), techniques.find, overrides)
+        return ArmSpec(folder.name, model, own, is_artifact=True)
+    chosen = recipe.load(recipe_name, techniques.find, overrides)
+    if chosen.steps:
+        source = artifact.read_artifact(folder).reference
+        raise InputError(
+            f"{model} is already optimized; recipe {chosen.name!r} would change its weights again",
+            hint=f"give the reference model instead: {source}:{recipe_name}",
+        )
+    return ArmSpec(f"{folder.name}:{chosen.name}", model, chosen, is_artifact=True)
+
+
+def parse(texts: Sequence[str], overrides: Sequence[str] = (), dtype: str | None = None) -> tuple[ArmSpec, ...]:
+    """Arms with labels that differ; the first is the baseline."""
+    arms = [spec(*split(text), overrides, dtype) for text in texts]
+    labels: list[str] = []
+    for arm in arms:
+        label, number = arm.label, 2
+        while label in labels:
+            label, number = f"{arm.label} ({number})", number + 1
+        labels.append(label)
+    return tuple(ArmSpec(label, arm.model, arm.recipe, arm.is_artifact) for label, arm in zip(labels, arms, strict=True))
+
+
+def file_name(label: str) -> str:
+    """A label as part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", label).strip("-") or "arm"
+
+
+def _short(model: str) -> str:
+    return Path(model).name or model

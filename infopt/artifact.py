@@ -1,0 +1,72 @@
+"""The artifact folder: weights that load elsewhere, and `infopt.json`, which says how they came to be.
+
+    DIR/
+        *.safetensors, config.json, tokenizer…   as plain transformers loads them
+        infopt.json                              this file's `Artifact`
+        recipe.yaml                              resolved; its run-time half applies when the artifact is benched
+        README.md                                the model card
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from infopt.result import Record, read_record
+
+FILE = "infopt.json"
+
+
+class StepRecord(Record):
+    """One weight step as it really went. `peak_bytes` is resident host memory, or device memory on a GPU."""
+
+    name: str
+    options: dict[str, Any]
+    seconds: float
+    peak_bytes: int | None
+    is_at_load: bool
+    """True: there is no file format for it; the artifact holds the weights from before and repeats it when opened."""
+
+
+class LoadBack(Record):
+    """The saved folder, opened again the way its users will, against the model in memory on the same tokens."""
+
+    tokens: int
+    max_abs_logit_difference: float
+    tolerance: float
+    top1_agreement: float
+
+
+class Artifact(Record):
+    schema_version: Literal[1] = 1
+    created_utc: str
+    infopt_version: str
+    reference: str
+    """As the user wrote it: `demo`, a hub id, a folder."""
+    reference_description: str
+    reference_hash: str
+    revision: str | None = None
+    recipe: dict[str, Any]
+    steps: tuple[StepRecord, ...]
+    load_back: tuple[LoadBack, ...]
+    """First by plain transformers, then, where infopt opens it in its own way, by infopt."""
+    calibration_hash: str | None
+    seed: int
+    versions: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+    content_hash: str | None = None
+
+    @property
+    def at_load(self) -> tuple[int, ...]:
+        """Indices of the steps that run again when the artifact is opened."""
+        return tuple(i for i, step in enumerate(self.steps) if step.is_at_load)
+
+
+def is_artifact(folder: Path) -> bool:
+    return (folder / FILE).is_file()
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Raises InputError when `infopt.json` is missing, broken or of another schema."""
+    return read_record(folder / FILE, Artifact)

@@ -1,0 +1,82 @@
+"""The integer grid that weights are rounded to, as arithmetic: bytes, allowed group sizes, chosen layers. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from infopt.errors import RecipeError, unknown
+
+ScaleDType = Literal["auto", "float32", "bfloat16", "float16"]
+USUAL_GROUPS = (16, 32, 48, 64, 96, 128, 192, 256, 512)
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`bits` per weight; one scale per `group_size` input features of a row, or per row when None (per channel).
+
+    symmetric: q·s. Otherwise (q − z)·s with a zero point z of `bits` per group. `scale_dtype` is what scales are
+    rounded to and stored in; `auto` is the model's dtype.
+    """
+
+    bits: int
+    group_size: int | None = None
+    symmetric: bool = True
+    scale_dtype: ScaleDType = "auto"
+
+    def stored_bytes(self, shape: tuple[int, int], model_bytes: float) -> int:
+        """Bytes of one packed [out, in] weight with its scales, zero points and shape (two int64).
+
+        `model_bytes`: bytes per element of the model's dtype. Words are int32, so rows and zero-point columns round up.
+        """
+        out, inner = shape
+        groups = inner // self.group_size if self.group_size else 1
+        scale = model_bytes if self.scale_dtype == "auto" else (4 if self.scale_dtype == "float32" else 2)
+        words = out * math.ceil(inner * self.bits / 32)
+        if not self.symmetric:
+            words += math.ceil(out * self.bits / 32) * groups
+        return 4 * words + round(out * groups * scale) + 16
+
+
+def is_ignored(name: str, ignore: Iterable[str]) -> bool:
+    """Whether a module is left alone: a pattern is a glob over its dotted name, or its last part (`lm_head`, `q_proj`)."""
+    return any(fnmatchcase(name, pattern) or name.rpartition(".")[2] == pattern for pattern in ignore)
+
+
+def chosen(linear: Mapping[str, tuple[int, int]], ignore: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """The layers that no pattern of `ignore` names."""
+    patterns = tuple(ignore)
+    return {name: shape for name, shape in linear.items() if not is_ignored(name, patterns)}
+
+
+def check_ignore(linear: Mapping[str, tuple[int, int]], ignore: Iterable[str], is_head_tied: bool, path: str) -> None:
+    """Refuses a pattern that names nothing, and a head that shares its weight with the embedding. Raises RecipeError."""
+    patterns = tuple(ignore)
+    names = [*linear, HEAD]
+    for index, pattern in enumerate(patterns):
+        if not any(is_ignored(name, (pattern,)) for name in names):
+            parts = {name.rpartition(".")[2] for name in names}
+            raise RecipeError(f"{path}.ignore[{index}]", unknown("module", pattern, parts))
+    if is_head_tied and not is_ignored(HEAD, patterns):
+        raise RecipeError(
+            f"{path}.ignore",
+            f"this model's {HEAD} shares its weight with the input embedding and cannot be packed",
+            hint=f"add {HEAD} to ignore",
+        )
+
+
+def check_groups(layers: Mapping[str, tuple[int, int]], group_size: int | None, path: str) -> None:
+    """Refuses a group size that does not divide every layer's input features. Raises RecipeError naming those that do."""
+    if group_size is None or not layers:
+        return
+    bad = next(((name, inner) for name, (_, inner) in layers.items() if inner % group_size), None)
+    if bad is None:
+        return
+    divisor = math.gcd(*(inner for _, inner in layers.values()))
+    usual = [str(size) for size in USUAL_GROUPS if divisor % size == 0]
+    allowed = f"{', '.join(usual)} or null (one scale per row)" if usual else "null (one scale per row)"
+    raise RecipeError(path, f"found {group_size}, which does not divide the {bad[1]} inputs of {bad[0]}; allowed: {allowed}")

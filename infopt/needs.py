@@ -1,0 +1,58 @@
+"""What a recipe's steps need of a machine, and the one rule that says what is missing.
+
+`infopt doctor` prints it, `optimize` and `compare` refuse by it, tests skip with its line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Needs of a technique, as data, so that a recipe is refused before any weight is read."""
+
+    modules: tuple[str, ...] = ()
+    """Importable packages, e.g. ("bitsandbytes",)."""
+    compiler: bool = False
+    """A C++ compiler on the PATH."""
+    cuda: bool = False
+    calibration: bool = False
+    """Reads the recipe's calibration text."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    message: str
+    hint: str
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch's extension builder would call, or None."""
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+
+
+def has_cuda() -> bool:
+    """Whether torch sees a CUDA device; asks the driver's files first, since importing torch takes seconds."""
+    if not (os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg") or "torch" in sys.modules):
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def missing_need(needs: Needs) -> Missing | None:
+    """The first thing this machine lacks, or None."""
+    for module in needs.modules:
+        if importlib.util.find_spec(module.split(".")[0]) is None:
+            package = module.split(".")[0].replace("_", "-")
+            return Missing(f"needs the package {package}, which is not installed", hint=f"pip install {package}")
+    if needs.compiler and compiler() is None:
+        return Missing("needs a C++ compiler, and none is on the PATH", hint="e.g. apt-get install g++, then infopt doctor")
+    if needs.cuda and not has_cuda():
+        return Missing("needs a CUDA device, and torch sees none", hint="infopt doctor")
+    return None

@@ -1,0 +1,311 @@
+"""`infopt optimize`: predict, plan, load, apply, save, load back and check, publish.
+
+The folder appears under its name only when everything in it was checked, so a folder that exists is complete.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infopt import __version__, artifact, pipeline, units
+from infopt.arms import ArmSpec, LoadOptions
+from infopt.artifact import Artifact, LoadBack, StepRecord
+from infopt.data import texts
+from infopt.errors import InputError, LoadBackError
+from infopt.measure import memory, peaks
+from infopt.model import cache, load, reference, save, shapes
+from infopt.protocols import Context, Prediction, Progress
+from infopt.recipe import Recipe
+from infopt.techniques.base import Technique
+
+if TYPE_CHECKING:
+    import torch
+
+    from infopt.model.bundle import Bundle
+    from infopt.model.reference import ModelReference
+
+PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What `--dry-run` prints. `steps` starts with loading; `disk_bytes` is the artifact."""
+
+    reference: str
+    recipe: str
+    steps: tuple[tuple[str, Prediction], ...]
+    stored_bytes: int
+    disk_bytes: int
+    free_disk_bytes: int
+    free_memory_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(prediction.peak_bytes for _, prediction in self.steps)
+
+    @property
+    def seconds(self) -> float | None:
+        parts = [prediction.seconds for _, prediction in self.steps]
+        known = [part for part in parts if part is not None]
+        return sum(known) if len(known) == len(parts) else None
+
+
+def forecast(model: str, chosen: Recipe, out: Path, options: LoadOptions) -> Forecast:
+    """Peak memory, disk and seconds per step, from shapes and this machine's measured peaks; no weight is read."""
+    import psutil
+
+    ref = pipeline.resolve(model, options)
+    device = pipeline.device_name(options.device)
+    machine = peaks.machine(device, pipeline.set_threads(options.threads))
+    stored = shapes.stored_bytes(ref)
+    rows = pipeline.predict(chosen, shapes.shapes(ref), stored, machine)
+    final = rows[-1][1].weights_bytes
+    found = pipeline.build_techniques(chosen, shapes.shapes(ref))
+    first = pipeline.first_at_load(chosen, found)
+    disk = final if first == len(found) else rows[first][1].weights_bytes
+    return Forecast(
+        reference=model,
+        recipe=chosen.name,
+        steps=tuple(rows),
+        stored_bytes=stored,
+        disk_bytes=disk,
+        free_disk_bytes=shutil.disk_usage(_existing(out)).free,
+        free_memory_bytes=machine.memory_bytes if device != "cpu" and machine.memory_bytes else psutil.virtual_memory().available,
+    )
+
+
+def optimize(
+    model: str, chosen: Recipe, out: Path, options: LoadOptions, progress: Progress = lambda line: None
+) -> Artifact:
+    """Writes the artifact of `model` under `chosen` to `out`.
+
+    Raises InputError when `out` exists or the model is an artifact already, LoadBackError when the saved weights do not
+    reload as what was made, DiskFullError when there is no room.
+    """
+    if artifact.is_artifact(Path(model)):
+        source = artifact.read_artifact(Path(model)).reference
+        raise InputError(f"{model} is already optimized; optimize starts from a reference model", hint=f"infopt optimize {source} …")
+    save.require_free_target(out)
+    ref = pipeline.resolve(model, options)
+    device = pipeline.device_name(options.device)
+    pipeline.set_threads(options.threads)
+    steps: list[_Measured] = []
+    bundle, found, text_hash = pipeline.build(
+        ref, chosen, device, options=options, progress=progress, watch=lambda index: _measure(steps, index, device)
+    )
+    with _staging(out) as staging:
+        made = _Build(ref, chosen, device, options, bundle, found, staging, progress)
+        checks = made.save_and_check(steps)
+        document = Artifact(
+            created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+            infopt_version=__version__,
+            reference=model,
+            reference_description=made.description,
+            reference_hash=reference.fingerprint(ref),
+            revision=options.revision,
+            recipe=chosen.as_dict(),
+            steps=_records(chosen, found, steps),
+            load_back=tuple(checks),
+            calibration_hash=text_hash,
+            seed=options.seed,
+            versions=pipeline.versions(),
+            bytes_before=shapes.stored_bytes(ref),
+            bytes_after=shapes.stored_bytes(pipeline.resolve(str(staging), options)),
+            content_hash=made.content_hash,
+        )
+        save.write_text(staging / artifact.FILE, json.dumps(document.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+        save.write_text(staging / "README.md", model_card(document))
+        save.publish(staging, out)
+    return document
+
+
+def ensure(spec: ArmSpec, options: LoadOptions, progress: Progress = lambda line: None) -> Path | None:
+    """The cached artifact of an arm, made now if need be; None for an arm that leaves the weights alone.
+
+    Keyed by reference hash, resolved steps, dtype, seed, calibration text and library versions.
+    """
+    if spec.is_artifact:
+        return Path(spec.model)
+    if not pipeline.changes_weights(spec.recipe):
+        return None
+    ref = pipeline.resolve(spec.model, options)
+    found = pipeline.build_techniques(spec.recipe, shapes.shapes(ref))
+    calibration = None
+    if any(technique.needs.calibration for technique in found):
+        section = spec.recipe.calibration
+        calibration = {**section.model_dump(), "hash": texts.content_hash(texts.read_text(section.text, "calibration"))}
+    key = {
+        "reference": reference.fingerprint(ref),
+        "steps": [step.as_dict() for step in spec.recipe.steps],
+        "dtype": spec.recipe.engine.dtype,
+        "seed": options.seed,
+        "calibration": calibration,
+        "versions": pipeline.versions(),
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache.cache_dir() / "artifacts" / f"{spec.recipe.name}-{digest}"
+    with cache.lock(folder):
+        if not artifact.is_artifact(folder):
+            stored = replace(spec.recipe, speculative=None, gates=())
+            optimize(spec.model, stored, folder, options, progress)
+    return folder
+
+
+@dataclass
+class _Build:
+    """The saved half of `optimize`: everything between the model in memory and the published folder."""
+
+    ref: ModelReference
+    recipe: Recipe
+    device: str
+    options: LoadOptions
+    bundle: Bundle | None
+    techniques: list[Technique]
+    staging: Path
+    progress: Progress
+    content_hash: str | None = None
+    description: str = ""
+
+    def save_and_check(self, steps: list[_Measured]) -> list[LoadBack]:
+        """Saves, then opens the folder the way its users will."""
+        assert self.bundle is not None
+        first = pipeline.first_at_load(self.recipe, self.techniques)
+        tolerance = max((t.reload_tolerance for t in self.techniques), default=0.0)
+        self.description = self.bundle.description
+        ids = probe_ids(self.bundle)
+        stored = probe(self.bundle, ids)
+        self.progress("saving")
+        self.content_hash = save.save(self.bundle, self.staging, {"recipe.yaml": self.recipe.as_yaml()}).content_hash
+        at_load = None
+        if first < len(self.techniques):
+            context = Context(seed=self.options.seed, device=self.device, progress=self.progress)
+            for index in range(first, len(self.techniques)):
+                self.progress(f"applying {self.recipe.steps[index].name}")
+                with _measure(steps, index, self.device):
+                    self.bundle = self.techniques[index].apply(self.bundle, context)
+            at_load = probe(self.bundle, ids)
+        self.bundle = None
+        gc.collect()
+        self.progress("loading back")
+        plan = pipeline.load_plan(self.recipe, self.device, dtype="auto", trust_remote_code=self.options.trust_remote_code)
+        plain = load.load(pipeline.resolve(str(self.staging), self.options), plan, self.progress)
+        checks = [compare_probe(stored, probe(plain, ids), tolerance, "plain transformers")]
+        del plain
+        is_reopened = any(type(t).reopen is not Technique.reopen for t in self.techniques)
+        if at_load is not None or is_reopened:
+            at_load_steps = range(first, len(self.techniques))
+            again = pipeline.finish(self.staging, self.recipe, at_load_steps, self.device, self.options, self.progress)
+            checks.append(compare_probe(stored if at_load is None else at_load, probe(again, ids), tolerance, "infopt"))
+        return checks
+
+
+def probe_ids(bundle: Bundle) -> torch.Tensor:
+    """[1, PROBE_TOKENS] tokens of the bundled evaluation text."""
+    import torch
+
+    ids = bundle.tokenizer(texts.read_text("bundled", "evaluation")[:4000], verbose=False)["input_ids"][:PROBE_TOKENS]
+    return torch.tensor([ids])
+
+
+def probe(bundle: Bundle, ids: torch.Tensor) -> torch.Tensor:
+    """Logits on the probe, [tokens, vocabulary], float32 on the host."""
+    import torch
+
+    with torch.inference_mode():
+        return bundle.model(input_ids=ids.to(bundle.device), use_cache=False).logits[0].float().cpu()
+
+
+def compare_probe(made: torch.Tensor, reloaded: torch.Tensor, tolerance: float, by: str) -> LoadBack:
+    """Raises LoadBackError when the reloaded logits differ by more than the steps' declared tolerance, or are not finite."""
+    import torch
+
+    difference = float((made - reloaded).abs().max())
+    if not bool(torch.isfinite(reloaded).all()) or not difference <= tolerance:
+        raise LoadBackError(
+            f"the saved model, loaded by {by}, gives logits up to {units.significant(difference)} away from the model that "
+            f"was made (allowed: {units.significant(tolerance)}); nothing was written",
+            hint="this is a defect of the format or its loader on this machine: infopt doctor, and report it",
+        )
+    same = float((made.argmax(-1) == reloaded.argmax(-1)).float().mean())
+    return LoadBack(tokens=made.shape[0], max_abs_logit_difference=difference, tolerance=tolerance, top1_agreement=same)
+
+
+@dataclass
+class _Measured:
+    index: int
+    seconds: float = 0.0
+    peak_bytes: int | None = None
+
+
+@contextmanager
+def _measure(steps: list[_Measured], index: int, device: str) -> Iterator[None]:
+    memory.reset_peak(device)
+    start = time.perf_counter()
+    yield
+    steps.append(_Measured(index, time.perf_counter() - start, memory.peak_bytes(device)))
+
+
+def _records(chosen: Recipe, found: list[Technique], steps: list[_Measured]) -> tuple[StepRecord, ...]:
+    measured = {step.index: step for step in steps}
+    first = pipeline.first_at_load(chosen, found)
+    return tuple(
+        StepRecord(
+            name=step.name,
+            options=step.options.model_dump(mode="json"),
+            seconds=measured[index].seconds if index in measured else 0.0,
+            peak_bytes=measured[index].peak_bytes if index in measured else None,
+            is_at_load=index >= first,
+        )
+        for index, step in enumerate(chosen.steps)
+    )
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that vanishes whatever happens, unless it was published under its name."""
+    staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def model_card(document: Artifact) -> str:
+    """README.md of an artifact: what it is, how it was made, how far its reload was checked."""
+    steps = ", ".join(step.name for step in document.steps) or "dtype only"
+    at_load = [step.name for step in document.steps if step.is_at_load]
+    lines = [
+        "---", "library_name: transformers", "tags: [infopt]", "---", "",
+        f"# {document.reference_description}, optimized by `{document.recipe['name']}`", "",
+        f"{document.recipe['about']}", "",
+        f"- reference: `{document.reference}` (sha256 `{document.reference_hash[:16]}`)",
+        f"- steps: {steps}",
+        f"- stored weights: {units.size(document.bytes_before)} → {units.size(document.bytes_after)}",
+        f"- made by infopt {document.infopt_version} on {document.created_utc}, seed {document.seed}",
+    ]  # fmt: skip
+    if at_load:
+        names = " and ".join(f"`{name}`" for name in at_load)
+        lines.append(f"- **{names} has no file format**: this folder holds the weights from before it; infopt repeats it at load")
+    for check in document.load_back:
+        lines.append(
+            f"- loaded back: logits within {units.significant(check.max_abs_logit_difference)} of the model that was made, "
+            f"on {check.tokens} tokens (allowed {units.significant(check.tolerance)})"
+        )
+    return "\n".join([*lines, "", "```", "infopt bench <this folder>", "infopt generate <this folder> \"Hello\"", "```", ""])
+

@@ -1,0 +1,223 @@
+"""Reference and recipe → an open model: plan → load → apply, or reopen what was saved.
+
+The only place where references, techniques and engines meet. `optimize` builds and saves through it; workers, `generate`
+and the quality checks open arms through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infopt import artifact, engines, recipe, techniques
+from infopt.arms import ArmSpec, LoadOptions
+from infopt.data import texts
+from infopt.errors import InputError, MissingNeedError, RecipeError
+from infopt.measure.clock import WallClock
+from infopt.model import load, reference, shapes
+from infopt.model.plan import LoadPlan
+from infopt.needs import missing_need
+from infopt.protocols import Context, Engine, Machine, Prediction, Progress, Sampling, Shapes
+from infopt.recipe import Recipe
+from infopt.techniques.base import Technique
+
+if TYPE_CHECKING:
+    from infopt.model.bundle import Bundle
+    from infopt.model.reference import ModelReference
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def device_name(asked: str) -> str:
+    """`auto` is CUDA where there is one, else the CPU. Raises InputError for what infopt cannot time."""
+    import torch
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    WallClock(chosen)
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {chosen!r}: this torch ({torch.__version__}) sees no CUDA device", hint="infopt doctor")
+    return chosen
+
+
+def set_threads(threads: int | None) -> int:
+    """Threads that torch uses from now on."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return int(torch.get_num_threads())
+
+
+def resolve(model: str, options: LoadOptions) -> ModelReference:
+    return reference.parse(model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+
+
+def build_techniques(chosen: Recipe, model_shapes: Shapes) -> list[Technique]:
+    """The recipe's techniques, each checked against the model's shapes and this machine. Raises RecipeError, MissingNeedError."""
+    found = []
+    for index, step in enumerate(chosen.steps):
+        technique = techniques.find(step.name, chosen.place(index))(step.options)
+        lacking = missing_need(technique.needs)
+        if lacking:
+            raise MissingNeedError(f"{chosen.place(index)}: {lacking.message}", hint=lacking.hint)
+        technique.check(model_shapes, chosen.place(index))
+        found.append(technique)
+    return found
+
+
+def changes_weights(chosen: Recipe) -> bool:
+    """Whether running the recipe needs an artifact first: it has weight steps, or stores another dtype."""
+    return bool(chosen.steps) or chosen.engine.dtype != "auto"
+
+
+def load_plan(chosen: Recipe, device: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadPlan:
+    attention = None if chosen.engine.attention == "auto" else chosen.engine.attention
+    return LoadPlan(
+        dtype=dtype or chosen.engine.dtype, device=device, attention=attention, trust_remote_code=trust_remote_code
+    )
+
+
+def predict(chosen: Recipe, model_shapes: Shapes, stored_bytes: int, machine: Machine) -> list[tuple[str, Prediction]]:
+    """What loading and every step will cost, by name, before any weight is read."""
+    dtype = chosen.engine.dtype
+    held = stored_bytes if dtype == "auto" else model_shapes.parameters * ELEMENT_BYTES[dtype]
+    seconds = (stored_bytes + held) / machine.read_bytes_per_s if machine.read_bytes_per_s else None
+    state = Prediction(weights_bytes=held, peak_bytes=held + stored_bytes // 8, seconds=seconds)
+    rows = [("load", state)]
+    for technique, step in zip(build_techniques(chosen, model_shapes), chosen.steps, strict=True):
+        state = technique.predict(model_shapes, state, machine)
+        rows.append((step.name, state))
+    return rows
+
+
+def calibration_ids(chosen: Recipe, tokenizer: Any) -> tuple[tuple[tuple[int, ...], ...], str]:
+    """The recipe's calibration windows as token ids, and the sha256 of the text they come from."""
+    section = chosen.calibration
+    text = texts.read_text(section.text, "calibration")
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return texts.windows(ids, section.tokens, section.samples, section.seed), texts.content_hash(text)
+
+
+Watch = Callable[[int], AbstractContextManager[Any]]
+"""Called with a step's index; what it returns is entered around the step."""
+
+
+def build(
+    ref: ModelReference,
+    chosen: Recipe,
+    device: str,
+    *,
+    options: LoadOptions,
+    progress: Progress = lambda line: None,
+    watch: Watch = lambda index: nullcontext(),
+) -> tuple[Bundle, list[Technique], str | None]:
+    """Plan → load → apply, up to the first step that a file cannot hold (see `Technique.at_load`).
+
+    Returns the open model, all techniques of the recipe, and the calibration text's hash where one was read.
+    """
+    found = build_techniques(chosen, shapes.shapes(ref))
+    storable = found[: first_at_load(chosen, found)]
+    plan = load_plan(chosen, device, trust_remote_code=options.trust_remote_code)
+    for technique in storable:
+        plan = technique.plan(plan)
+    progress(f"loading {ref.text}")
+    # A technique that only plans does its work while the weights are read: loading is its step.
+    loading = next((i for i, t in enumerate(storable) if type(t).apply is Technique.apply), None)
+    with nullcontext() if loading is None else watch(loading):
+        bundle = load.load(ref, plan, progress)
+    samples: tuple[tuple[int, ...], ...] = ()
+    text_hash = None
+    if any(technique.needs.calibration for technique in storable):
+        samples, text_hash = calibration_ids(chosen, bundle.tokenizer)
+    context = Context(seed=options.seed, device=device, calibration_ids=samples, progress=progress)
+    for index, technique in enumerate(storable):
+        if index != loading:
+            progress(f"applying {chosen.steps[index].name}")
+            with watch(index):
+                bundle = technique.apply(bundle, context)
+        bundle = replace(bundle, steps=(*bundle.steps, chosen.steps[index].name))
+    return bundle, found, text_hash
+
+
+def first_at_load(chosen: Recipe, found: list[Technique]) -> int:
+    """Index of the first step that runs at load; all after it must too. Raises RecipeError."""
+    first = next((i for i, technique in enumerate(found) if technique.at_load), len(found))
+    for index in range(first, len(found)):
+        if not found[index].at_load:
+            raise RecipeError(
+                chosen.place(index),
+                f"follows {chosen.steps[first].name}, which no file format can hold, so its result cannot be stored",
+                hint=f"move {chosen.steps[first].name} to the end",
+            )
+    return first
+
+
+def reopen(folder: Path, device: str, options: LoadOptions, progress: Progress = lambda line: None) -> Bundle:
+    """An artifact as infopt runs it: loaded, its at-load steps repeated, faster layers swapped in."""
+    saved = artifact.read_artifact(folder)
+    chosen = recipe.load(str(folder / "recipe.yaml"), techniques.find)
+    bundle = finish(folder, chosen, saved.at_load, device, options, progress)
+    return replace(bundle, description=f"{saved.reference_description}, optimized by {chosen.name}")
+
+
+def finish(
+    folder: Path, chosen: Recipe, at_load: Sequence[int], device: str, options: LoadOptions, progress: Progress
+) -> Bundle:
+    """The saved weights in `folder` with what a file could not hold done again: steps `at_load`, and faster layers."""
+    found = [techniques.find(step.name, chosen.place(i))(step.options) for i, step in enumerate(chosen.steps)]
+    plan = load_plan(chosen, device, dtype=options.dtype or "auto", trust_remote_code=options.trust_remote_code)
+    for index in at_load:
+        lacking = missing_need(found[index].needs)
+        if lacking:
+            raise MissingNeedError(f"{chosen.place(index)}: {lacking.message}", hint=lacking.hint)
+        plan = found[index].plan(plan)
+    bundle = load.load(reference.parse(str(folder), trust_remote_code=options.trust_remote_code), plan, progress)
+    context = Context(seed=options.seed, device=device, progress=progress)
+    for index, technique in enumerate(found):
+        bundle = technique.apply(bundle, context) if index in at_load else technique.reopen(bundle)
+    return replace(bundle, steps=tuple(step.name for step in chosen.steps))
+
+
+def open_arm(spec: ArmSpec, device: str, options: LoadOptions, progress: Progress = lambda line: None) -> Bundle:
+    """An arm's model: the artifact, or a reference whose recipe leaves its weights alone.
+
+    Weight steps are applied once, by `optimize.ensure`, never here: asking for them is a mistake of the caller.
+    """
+    if spec.is_artifact:
+        return reopen(Path(spec.model), device, options, progress)
+    assert not changes_weights(spec.recipe), "open an arm's artifact, not its recipe"
+    plan = load_plan(spec.recipe, device, trust_remote_code=options.trust_remote_code)
+    return load.load(resolve(spec.model, options), plan, progress)
+
+
+def engine(bundle: Bundle, chosen: Recipe) -> Engine:
+    """The recipe's engine around an open model. Raises InputError for settings that do not go together."""
+    section, cache, sampling = chosen.engine, chosen.cache, chosen.sampling
+    make = engines.find(section.name)
+    made: Engine = make(
+        bundle.model,
+        pad_token_id=bundle.tokenizer.pad_token_id,
+        sampling=Sampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.candidates),
+        cache=cache.kind,
+        prefix=cache.prefix,
+        prompt_lookup=chosen.speculative.tokens if chosen.speculative else None,
+        compile=section.compile,
+    )
+    return made
+
+
+def versions() -> dict[str, str]:
+    """The libraries that decide what an artifact holds."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("infopt", "torch", "transformers", "compressed-tensors", "bitsandbytes", "optimum-quanto"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+

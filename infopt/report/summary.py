@@ -1,0 +1,173 @@
+"""The sentences of a report: what was decided, against what reference, on which machine, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from infopt import units
+from infopt.comparison import ArmResult, Comparison
+from infopt.judgement import Judgement, Verdict
+from infopt.report.tables import SEVERITY, word, worst
+from infopt.result import Arm, Run
+
+_BYTES = "_bytes"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the summary; `verdict` is None for a remark."""
+
+    verdict: Verdict | None
+    text: str
+
+
+def text(line: Line) -> str:
+    """The line with its verdict in front."""
+    return line.text if line.verdict is None else f"{word(line.verdict)}: {line.text}"
+
+
+def gated(comparison: Comparison, label: str) -> tuple[Judgement, ...]:
+    return tuple(each for each in comparison.judgements.get(label, ()) if each.gate is not None)
+
+
+def overall(comparison: Comparison) -> Verdict | None:
+    """The worst gated verdict of all candidates; NOT_COMPARABLE counts without a gate. None when nothing was decided."""
+    decided = [each.verdict for arm in comparison.candidates for each in gated(comparison, arm.label)]
+    every = [each.verdict for judgements in comparison.judgements.values() for each in judgements]
+    return Verdict.NOT_COMPARABLE if Verdict.NOT_COMPARABLE in every else worst(decided)
+
+
+def headline(comparison: Comparison) -> str:
+    """One word or two for the whole comparison."""
+    verdict = overall(comparison)
+    if not comparison.is_complete:
+        return "INCOMPLETE"
+    if any(arm.error for arm in comparison.arms) and verdict in (None, Verdict.PASS, Verdict.IMPROVED):
+        return "ERROR"
+    return "NO GATES" if verdict is None else word(verdict)
+
+
+def verdict_lines(comparison: Comparison) -> tuple[Line, ...]:
+    """What was decided, worst first: `FAIL: int8_naive (kld.mean, ppl_ratio)`."""
+    lines: list[Line] = []
+    if not comparison.is_complete:
+        lines.append(Line(None, f"This comparison is incomplete: {comparison.incomplete_reason or 'no reason recorded'}."))
+    by_verdict: dict[Verdict, list[str]] = {verdict: [] for verdict in SEVERITY}
+    for arm in comparison.candidates:
+        judgements = comparison.judgements.get(arm.label, ())
+        if any(each.verdict is Verdict.NOT_COMPARABLE for each in judgements):
+            by_verdict[Verdict.NOT_COMPARABLE].append(f"{arm.label} ({_reason(judgements)})")
+            continue
+        verdict = worst(each.verdict for each in gated(comparison, arm.label))
+        if verdict is not None:
+            by_verdict[verdict].append(_arm_text(arm, gated(comparison, arm.label), verdict))
+    lines += [Line(verdict, ", ".join(texts)) for verdict, texts in by_verdict.items() if texts]
+    if not any(by_verdict.values()):
+        lines.append(Line(None, "No gates were declared: the figures inform, nothing decides."))
+    lines += [Line(None, f"{arm.label} has no result: {arm.error}") for arm in comparison.arms if arm.error]
+    return tuple(lines)
+
+
+def _arm_text(arm: ArmResult, judgements: Sequence[Judgement], verdict: Verdict) -> str:
+    if verdict in (Verdict.PASS, Verdict.IMPROVED):
+        return arm.label
+    return f"{arm.label} ({', '.join(dict.fromkeys(each.figure for each in judgements if each.verdict is verdict))})"
+
+
+def _reason(judgements: Sequence[Judgement]) -> str:
+    notes = [each.note for each in judgements if each.verdict is Verdict.NOT_COMPARABLE and each.note]
+    return notes[0] if notes else "machine or method differ"
+
+
+def notes(comparison: Comparison) -> tuple[str, ...]:
+    """What the judgements say about themselves, once each, with the arms it holds for."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for label, judgements in comparison.judgements.items():
+        for each in judgements:
+            if each.note and each.verdict is not Verdict.NOT_COMPARABLE:
+                found.setdefault((each.figure, each.note), []).append(label)
+    return tuple(f"{figure} ({', '.join(dict.fromkeys(labels))}): {note}" for (figure, note), labels in found.items())
+
+
+def references(arms: Sequence[Arm]) -> tuple[str, ...]:
+    """What was really loaded; one line when all arms share it."""
+    described = dict.fromkeys(arm.reference for arm in arms)
+    if len(described) == 1:
+        return (f"reference: {arms[0].reference}",)
+    return tuple(f"{arm.label}: {arm.reference}" for arm in arms)
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """The device in a few words, from whatever the environment names: accelerator, else processor, then cores and threads."""
+    flat = dict(flatten(environment))
+    words = [
+        _first(flat, ("gpu.name", "gpu", "device_name", "gpus.0.name", "accelerator", "accelerator.name")),
+        _first(flat, ("cpu.model", "cpu_model", "cpu.name", "cpu", "device")),
+        _counted(flat, ("cpu.physical_cores", "physical_cores", "cpu.cores", "cpu_cores", "cores"), "cores"),
+        _counted(flat, ("threads", "torch_threads", "torch.threads", "cpu.threads"), "threads"),
+    ]
+    return ", ".join(word for word in words if word) or "a machine that was not described"
+
+
+def _first(flat: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return next((str(flat[key]) for key in keys if flat.get(key) not in (None, "")), "")
+
+
+def _counted(flat: Mapping[str, Any], keys: Sequence[str], what: str) -> str:
+    count = _first(flat, keys)
+    return f"{count} {what}" if count else ""
+
+
+def workload(described: Mapping[str, Any]) -> str:
+    """`128 prompt tokens + 64 new tokens, batch 1`, or the workload's own name."""
+    prompt, new, batch = described.get("prompt_tokens"), described.get("new_tokens"), described.get("batch")
+    if prompt is None or new is None:
+        name = str(described.get("name") or described.get("kind") or "unnamed workload")
+        return f"{name}, batch {batch}" if batch else name
+    return f"{prompt} prompt tokens + {new} new tokens, batch {batch if batch is not None else 1}"
+
+
+def flatten(nested: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings and lists as (dotted path, value)."""
+    if isinstance(nested, Mapping):
+        for key, value in nested.items():
+            yield from flatten(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(nested, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in nested):
+        for index, value in enumerate(nested):
+            yield from flatten(value, f"{path}.{index}")
+    else:
+        yield path, nested
+
+
+def plain(path: str, value: Any) -> str:
+    """A leaf of `flatten` for people."""
+    if value is None:
+        return units.ABSENT
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value) or units.ABSENT
+    if isinstance(value, (int, float)) and path.endswith(_BYTES):
+        return units.size(value)
+    if isinstance(value, float):
+        return units.significant(value, 4)
+    return str(value)
+
+
+def reproduce(result: Run | Comparison) -> str:
+    """The command that makes this result again, as recorded, or else from its arms."""
+    command = result.settings.get("command")
+    if command:
+        return command if isinstance(command, str) else shlex.join(map(str, command))
+    if isinstance(result, Run):
+        return shlex.join(["infopt", "bench", result.arm.model, *_recipe(result.arm), "--engine", result.arm.engine])
+    arms = [":".join([each.arm.model, str(each.arm.recipe.get("name", ""))]).rstrip(":") for each in result.arms]
+    return shlex.join(["infopt", "compare", *arms])
+
+
+def _recipe(arm: Arm) -> list[str]:
+    name = arm.recipe.get("name")
+    return ["--recipe", str(name)] if name else []
