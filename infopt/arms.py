@@ -17,19 +17,6 @@ from infopt.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class LoadOptions:
-    """Flags that say how models are opened, the same for every arm of a command."""
-
-    device: str = "auto"
-    dtype: str | None = None
-    """Overrides the recipes' `engine.dtype`."""
-    threads: int | None = None
-    seed: int = 0
-    revision: str | None = None
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
 class ArmSpec:
     """What a worker needs to open an arm. `recipe` is resolved; an artifact's own run-time half is already in it."""
 

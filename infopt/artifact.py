@@ -1,10 +1,10 @@
 """The artifact folder: weights that load elsewhere, and `infopt.json`, which says how they came to be.
 
-    DIR/
-        *.safetensors, config.json, tokenizer…   as plain transformers loads them
-        infopt.json                              this file's `Artifact`
-        recipe.yaml                              resolved; its run-time half applies when the artifact is benched
-        README.md                                the model card
+DIR/
+    *.safetensors, config.json, tokenizer…   as plain transformers loads them
+    infopt.json                              this file's `Artifact`
+    recipe.yaml                              resolved; its run-time half applies when the artifact is benched
+    README.md                                the model card
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def find(key: str) -> tuple[Figure, str | None]:
         figure = FIGURES[key]
         if not figure.sampled:
             return figure, None
-        raise InputError(f"{key} has one value per request; name a statistic", hint=f"e.g. {key}.p50 (of {', '.join(STATISTICS)})")
+        raise InputError(f"{key} has one value per request; name a statistic", hint=f"e.g. {key}.p50; of {', '.join(STATISTICS)}")
     name, _, statistic = key.rpartition(".")
     if name in FIGURES and FIGURES[name].sampled and statistic in STATISTICS:
         return FIGURES[name], statistic

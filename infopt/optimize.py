@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from infopt import __version__, artifact, pipeline, units
-from infopt.arms import ArmSpec, LoadOptions
+from infopt.arms import ArmSpec
 from infopt.artifact import Artifact, LoadBack, StepRecord
 from infopt.data import texts
 from infopt.errors import InputError, LoadBackError
@@ -27,6 +27,7 @@ from infopt.measure import memory, peaks
 from infopt.model import cache, load, reference, save, shapes
 from infopt.protocols import Context, Prediction, Progress
 from infopt.recipe import Recipe
+from infopt.settings import LoadOptions
 from infopt.techniques.base import Technique
 
 if TYPE_CHECKING:
@@ -85,9 +86,7 @@ def forecast(model: str, chosen: Recipe, out: Path, options: LoadOptions) -> For
     )
 
 
-def optimize(
-    model: str, chosen: Recipe, out: Path, options: LoadOptions, progress: Progress = lambda line: None
-) -> Artifact:
+def optimize(model: str, chosen: Recipe, out: Path, options: LoadOptions, progress: Progress = lambda line: None) -> Artifact:
     """Writes the artifact of `model` under `chosen` to `out`.
 
     Raises InputError when `out` exists or the model is an artifact already, LoadBackError when the saved weights do not
@@ -95,7 +94,9 @@ def optimize(
     """
     if artifact.is_artifact(Path(model)):
         source = artifact.read_artifact(Path(model)).reference
-        raise InputError(f"{model} is already optimized; optimize starts from a reference model", hint=f"infopt optimize {source} …")
+        raise InputError(
+            f"{model} is already optimized; optimize starts from a reference model", hint=f"infopt optimize {source} …"
+        )
     save.require_free_target(out)
     ref = pipeline.resolve(model, options)
     device = pipeline.device_name(options.device)
@@ -124,7 +125,9 @@ def optimize(
             bytes_after=shapes.stored_bytes(pipeline.resolve(str(staging), options)),
             content_hash=made.content_hash,
         )
-        save.write_text(staging / artifact.FILE, json.dumps(document.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+        save.write_text(
+            staging / artifact.FILE, json.dumps(document.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+        )
         save.write_text(staging / "README.md", model_card(document))
         save.publish(staging, out)
     return document
@@ -307,5 +310,4 @@ def model_card(document: Artifact) -> str:
             f"- loaded back: logits within {units.significant(check.max_abs_logit_difference)} of the model that was made, "
             f"on {check.tokens} tokens (allowed {units.significant(check.tolerance)})"
         )
-    return "\n".join([*lines, "", "```", "infopt bench <this folder>", "infopt generate <this folder> \"Hello\"", "```", ""])
-
+    return "\n".join([*lines, "", "```", "infopt bench <this folder>", 'infopt generate <this folder> "Hello"', "```", ""])

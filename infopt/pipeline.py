@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infopt import artifact, engines, recipe, techniques
-from infopt.arms import ArmSpec, LoadOptions
+from infopt.arms import ArmSpec
 from infopt.data import texts
 from infopt.errors import InputError, MissingNeedError, RecipeError
 from infopt.measure.clock import WallClock
@@ -22,6 +22,7 @@ from infopt.model.plan import LoadPlan
 from infopt.needs import missing_need
 from infopt.protocols import Context, Engine, Machine, Prediction, Progress, Sampling, Shapes
 from infopt.recipe import Recipe
+from infopt.settings import LoadOptions
 from infopt.techniques.base import Technique
 
 if TYPE_CHECKING:
@@ -75,9 +76,7 @@ def changes_weights(chosen: Recipe) -> bool:
 
 def load_plan(chosen: Recipe, device: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadPlan:
     attention = None if chosen.engine.attention == "auto" else chosen.engine.attention
-    return LoadPlan(
-        dtype=dtype or chosen.engine.dtype, device=device, attention=attention, trust_remote_code=trust_remote_code
-    )
+    return LoadPlan(dtype=dtype or chosen.engine.dtype, device=device, attention=attention, trust_remote_code=trust_remote_code)
 
 
 def predict(chosen: Recipe, model_shapes: Shapes, stored_bytes: int, machine: Machine) -> list[tuple[str, Prediction]]:
@@ -163,9 +162,7 @@ def reopen(folder: Path, device: str, options: LoadOptions, progress: Progress =
     return replace(bundle, description=f"{saved.reference_description}, optimized by {chosen.name}")
 
 
-def finish(
-    folder: Path, chosen: Recipe, at_load: Sequence[int], device: str, options: LoadOptions, progress: Progress
-) -> Bundle:
+def finish(folder: Path, chosen: Recipe, at_load: Sequence[int], device: str, options: LoadOptions, progress: Progress) -> Bundle:
     """The saved weights in `folder` with what a file could not hold done again: steps `at_load`, and faster layers."""
     found = [techniques.find(step.name, chosen.place(i))(step.options) for i, step in enumerate(chosen.steps)]
     plan = load_plan(chosen, device, dtype=options.dtype or "auto", trust_remote_code=options.trust_remote_code)
@@ -220,4 +217,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-

@@ -29,6 +29,7 @@ from infopt.errors import InputError
 
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
+    from referencing._core import Resolver
 
 _FENCE = re.compile(r"\A```[\w-]*[ \t]*\n(.*?)\n?[ \t]*```\Z", re.DOTALL)
 _REFUSAL_SPAN = 200
@@ -195,15 +196,11 @@ def _schema(mapping: dict[str, Any], where: str) -> dict[str, Any] | None:
         _validator(schema).check_schema(schema)
     except SchemaError as error:
         raise InputError(f"{where}.json_schema is not a valid schema: {error.message}", hint="see json-schema.org") from None
-    registry: Registry[Any] = Registry()
-    resolver = registry.resolver_with_root(DRAFT202012.create_resource(schema))
-    for reference in _references(schema):
-        try:
-            resolver.lookup(reference)
-        except Unresolvable:
-            raise InputError(
-                f"{where}.json_schema: $ref {reference!r} points nowhere inside the schema", hint='use "$defs"'
-            ) from None
+    root: Registry[Any] = Registry()
+    try:
+        _resolve_references(schema, root.resolver_with_root(DRAFT202012.create_resource(schema)))
+    except Unresolvable as error:
+        raise InputError(f"{where}.json_schema: {error.ref!r} points nowhere inside the schema", hint='use "$defs"') from None
     return schema
 
 
@@ -216,13 +213,18 @@ def _validator(schema: dict[str, Any]) -> Validator:
     return validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
 
 
-def _references(schema: Any) -> list[str]:
-    if isinstance(schema, list):
-        return [reference for part in schema for reference in _references(part)]
-    if not isinstance(schema, dict):
-        return []
-    own = [schema["$ref"]] if isinstance(schema.get("$ref"), str) else []
-    return own + [reference for part in schema.values() for reference in _references(part)]
+def _resolve_references(schema: Any, resolver: Resolver[Any]) -> None:
+    """Looks up every reference from where it stands. Raises Unresolvable."""
+    from referencing.jsonschema import DRAFT202012
+
+    if isinstance(schema, dict):
+        if isinstance(schema.get("$id"), str):
+            resolver = resolver.in_subresource(DRAFT202012.create_resource(schema))
+        for key in ("$ref", "$dynamicRef"):
+            if isinstance(schema.get(key), str):
+                resolver.lookup(schema[key])
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _resolve_references(part, resolver)
 
 
 def _parse(text: str) -> tuple[Any, str | None]:

@@ -30,6 +30,11 @@ def linears(bundle: Bundle, ignore: list[str]) -> dict[str, nn.Linear]:
     return {name: module for name, module in modules.items() if type(module) is nn.Linear and not is_ignored(name, ignore)}
 
 
+def left_alone(model: nn.Module, packed: dict[str, Any]) -> list[str]:
+    """Full names of the linear layers that stay as they are; engines match them one by one."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
+
+
 def scheme(grid: Grid) -> QuantizationScheme:
     from compressed_tensors.quantization import QuantizationScheme
 

@@ -76,6 +76,19 @@ class FidelityResult:
         return None if self.non_finite else self._mean([w.nll - w.nll_reference for w in self.windows])
 
     @property
+    def ppl_ratio(self) -> Interval | None:
+        """Candidate's perplexity ÷ the reference's."""
+        return None if self.delta_nll is None else _exp(self.delta_nll)
+
+    @property
+    def top1_agreement(self) -> Interval | None:
+        """Share of positions with the same most likely token; bounds are cut to 0 … 1."""
+        mean = self._mean([w.is_same_top.astype(np.float64) for w in self.windows])
+        if mean is None or mean.low is None or mean.high is None:
+            return mean
+        return Interval(mean.estimate, max(0.0, mean.low), min(1.0, mean.high), mean.alpha)
+
+    @property
     def ppl(self) -> float | None:
         return self._perplexity([w.nll for w in self.windows])
 
@@ -90,8 +103,7 @@ class FidelityResult:
             return dict(figure_value(key, None, self.positions, reason=reason) for key in FIGURES)
         kld = np.concatenate([w.kld for w in self.windows])
         delta_p = np.concatenate([w.delta_p for w in self.windows])
-        same_top = [w.is_same_top.astype(np.float64) for w in self.windows]
-        means = {"kld.mean": self.kld_mean, "ppl_ratio": _exp(self.delta_nll), "top1_agreement": self._mean(same_top)}
+        means = {"kld.mean": self.kld_mean, "ppl_ratio": self.ppl_ratio, "top1_agreement": self.top1_agreement}
         numbers = {
             "kld.median": float(np.median(kld)),
             "kld.p99": float(np.percentile(kld, 99)),
@@ -196,9 +208,7 @@ def _score(reference: torch.Tensor, candidate: torch.Tensor, ids: torch.Tensor, 
     )
 
 
-def _exp(interval: Interval | None) -> Interval | None:
-    if interval is None:
-        return None
+def _exp(interval: Interval) -> Interval:
     low, high = (None if bound is None else _exp_float(bound) for bound in (interval.low, interval.high))
     return Interval(_exp_float(interval.estimate), low, high, interval.alpha)
 

@@ -51,7 +51,7 @@ def print_run(run: Run, console: Console, folder: Path | None = None) -> None:
 
 def print_comparison(comparison: Comparison, console: Console, folder: Path | None = None) -> None:
     """All arms side by side, then every judgement, then what to do about weak ones."""
-    what = f"{len(comparison.candidates)} against {comparison.baseline}, {comparison.pairs} pairs, {comparison.mode}"
+    what = f"{summary.contest(comparison)}, {comparison.pairs} pairs, {comparison.mode}"
     _print(console, f"{what}; {summary.workload(comparison.workload)}; {summary.machine(comparison.environment)}")
     for table in _arm_tables(comparison, console):
         _show(console, table)

@@ -12,8 +12,9 @@ from typing import Any
 
 from infopt import figures, units
 from infopt.comparison import Comparison
+from infopt.judgement import Judgement
 from infopt.report import summary
-from infopt.report.tables import arm_columns, figure_text, range_text, verdict_rows
+from infopt.report.tables import Row, arm_columns, by_figure, figure_text, range_text, verdict_rows, word
 from infopt.result import Run
 
 STEP_SUMMARY_BYTES = 1024 * 1024
@@ -40,11 +41,11 @@ class Section:
     is_detail: bool = False
 
 
-def run_markdown(run: Run) -> str:
+def run_report(run: Run) -> str:
     return _join(_run_sections(run))
 
 
-def comparison_markdown(comparison: Comparison) -> str:
+def comparison_report(comparison: Comparison) -> str:
     return _join(_comparison_sections(comparison))
 
 
@@ -80,12 +81,11 @@ def _join(sections: Iterable[Section]) -> str:
 
 def _comparison_sections(comparison: Comparison) -> list[Section]:
     lines = [
-        f"- {f'**{summary.word(line.verdict)}**: ' if line.verdict else ''}{cell(line.text)}"
+        f"- {f'**{word(line.verdict)}**: ' if line.verdict else ''}{cell(line.text)}"
         for line in summary.verdict_lines(comparison)
     ]
-    candidates = ", ".join(arm.label for arm in comparison.candidates)
     sections = [
-        Section(f"# {summary.headline(comparison)}: {cell(candidates)} against {cell(comparison.baseline)}"),
+        Section(f"# {summary.headline(comparison)}: {cell(summary.contest(comparison))}"),
         Section("\n".join(lines)),
         Section(_arms_table(comparison)),
         Section("\n".join(f"{cell(line)}  " for line in _caption(comparison)).rstrip()),
@@ -110,7 +110,7 @@ def _run_sections(run: Run) -> list[Section]:
     status = "" if run.is_complete else f"**Incomplete**: {cell(run.incomplete_reason or 'no reason recorded')}"
     rows = [
         [f"`{key}`", figure_text(key, value), range_text(key, value), _count(value.samples), value.reason or ""]
-        for key, value in run.figures.items()
+        for key, value in by_figure(run.figures)
     ]
     sections = [
         Section(f"# {cell(run.name)}: {cell(arm.model)} on {cell(arm.engine)}, {cell(arm.dtype)}, {cell(arm.device)}"),
@@ -146,12 +146,12 @@ def _caption(comparison: Comparison) -> list[str]:
 
 def _arms_table(comparison: Comparison) -> str:
     columns = arm_columns(comparison)
-    rows = [[cell(arm.label), *(column.cells[i] for column in columns)] for i, arm in enumerate(comparison.arms)]
+    rows = [[arm.label, *(column.cells[i] for column in columns)] for i, arm in enumerate(comparison.arms)]
     align = "l" + "".join("l" if column.verdicts else "r" for column in columns)
     return table(["arm", *(column.title for column in columns)], rows, align)
 
 
-def _verdicts(title: str, judgements: Sequence[Any]) -> Section:
+def _verdicts(title: str, judgements: Sequence[Judgement]) -> Section:
     rows = [
         [
             f"`{row.figure}`",
@@ -170,8 +170,8 @@ def _verdicts(title: str, judgements: Sequence[Any]) -> Section:
     return Section(_folded(title, table(head, rows, "lrrrrllrl")), is_detail=True)
 
 
-def _verdict(row: Any) -> str:
-    return f"**{row.word}**" if row.is_gated else str(row.word)
+def _verdict(row: Row) -> str:
+    return f"**{row.word}**" if row.is_gated else row.word
 
 
 def _absent(comparison: Comparison) -> str:

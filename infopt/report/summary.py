@@ -50,6 +50,12 @@ def headline(comparison: Comparison) -> str:
     return "NO GATES" if verdict is None else word(verdict)
 
 
+def contest(comparison: Comparison) -> str:
+    """`int8 against baseline`, or how many candidates there are."""
+    labels = [arm.label for arm in comparison.candidates]
+    return f"{labels[0] if len(labels) == 1 else f'{len(labels)} candidates'} against {comparison.baseline}"
+
+
 def verdict_lines(comparison: Comparison) -> tuple[Line, ...]:
     """What was decided, worst first: `FAIL: int8_naive (kld.mean, ppl_ratio)`."""
     lines: list[Line] = []
@@ -101,24 +107,13 @@ def references(arms: Sequence[Arm]) -> tuple[str, ...]:
 
 
 def machine(environment: Mapping[str, Any]) -> str:
-    """The device in a few words, from whatever the environment names: accelerator, else processor, then cores and threads."""
-    flat = dict(flatten(environment))
-    words = [
-        _first(flat, ("gpu.name", "gpu", "device_name", "gpus.0.name", "accelerator", "accelerator.name")),
-        _first(flat, ("cpu.model", "cpu_model", "cpu.name", "cpu", "device")),
-        _counted(flat, ("cpu.physical_cores", "physical_cores", "cpu.cores", "cpu_cores", "cores"), "cores"),
-        _counted(flat, ("threads", "torch_threads", "torch.threads", "cpu.threads"), "threads"),
-    ]
-    return ", ".join(word for word in words if word) or "a machine that was not described"
-
-
-def _first(flat: Mapping[str, Any], keys: Sequence[str]) -> str:
-    return next((str(flat[key]) for key in keys if flat.get(key) not in (None, "")), "")
-
-
-def _counted(flat: Mapping[str, Any], keys: Sequence[str], what: str) -> str:
-    count = _first(flat, keys)
-    return f"{count} {what}" if count else ""
+    """`AMD EPYC 9R14, 2 cores, 2 threads, 25.2 GB`, with the accelerator in front where one was used."""
+    device, processor = environment.get("device"), environment.get("cpu")
+    words = [str(name) for name in (device if device != "cpu" or not processor else None, processor) if name]
+    words += [f"{environment[key]} {key}" for key in ("cores", "threads") if environment.get(key)]
+    if environment.get("memory_bytes"):
+        words.append(units.size(environment["memory_bytes"]))
+    return ", ".join(words) or "a machine that was not described"
 
 
 def workload(described: Mapping[str, Any]) -> str:

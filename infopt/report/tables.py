@@ -7,12 +7,13 @@ decided here alone. Absent is `–`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from infopt import units
 from infopt.comparison import ArmResult, Comparison
+from infopt.figures import FIGURES, STATISTICS
 from infopt.judgement import DEFAULT_ALPHA, Judgement, Verdict
 from infopt.result import Value
 from infopt.units import ABSENT, Unit
@@ -69,6 +70,17 @@ def worst(verdicts: Iterable[Verdict | None]) -> Verdict | None:
 def quantity(value: float | None, unit: str) -> str:
     """A stored figure with its unit."""
     return units.figure(value, cast(Unit, unit))
+
+
+def by_figure(found: Mapping[str, Value]) -> list[tuple[str, Value]]:
+    """The figures with the statistics of one figure side by side, otherwise in their own order."""
+    names = list(dict.fromkeys(map(_name, found)))
+    return sorted(found.items(), key=lambda item: names.index(_name(item[0])))
+
+
+def _name(key: str) -> str:
+    name, _, statistic = key.rpartition(".")
+    return name if statistic in STATISTICS and key not in FIGURES else key
 
 
 def figure_text(key: str, value: Value | None) -> str:

@@ -31,11 +31,12 @@ class Technique:
     """Base of all techniques. Subclasses set the class attributes and override `plan`, `apply` or both."""
 
     Options: ClassVar[type[Options]] = Options
-    needs: ClassVar[Needs] = Needs()
+    needs: Needs = Needs()
+    """Of the technique; an instance may narrow it to what its options need."""
     neutral: ClassVar[dict[str, Any] | None] = None
     """Options under which the model must not change at all, or None when there are none."""
-    reload_tolerance: ClassVar[float] = 0.0
-    """Largest allowed |logit| change after save and reload; above 0 the docstring says why."""
+    reload_tolerance: float = 0.0
+    """Largest allowed |logit| change after save and reload; above 0 the docstring says why. An instance may set its own."""
     at_load: ClassVar[bool] = False
     """True when there is no loadable file format: the artifact stores the weights from before this step, and the
     step runs again whenever the artifact is opened."""

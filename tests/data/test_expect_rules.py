@@ -58,6 +58,13 @@ def test_all_rules_of_a_row_must_hold_and_each_failure_is_named() -> None:
     assert expect.check("xy", 1) == ()
 
 
+def test_references_are_resolved_from_where_they_stand() -> None:
+    inner = {"$id": "https://example.com/x", "$ref": "#/$defs/y", "$defs": {"y": {"type": "integer"}}}
+    expect = parse_expect({"json_schema": {"items": inner}}, "f:1")
+    assert expect.check("[1]", 1) == ()
+    assert [failure.rule for failure in expect.check('["a"]', 1)] == ["json_schema"]
+
+
 def test_schema_failure_says_where() -> None:
     (failure,) = parse_expect({"json_schema": PERSON}, "f:1").check('{"name": "A", "age": "x"}', 1)
     assert failure.reason.startswith("$.age:")
@@ -100,6 +107,8 @@ def test_is_refusal(text: str, refuses: bool) -> None:
         ({"json_schema": {"pattern": "("}}, "not a valid schema"),
         ({"json_schema": {"$schema": []}}, "object is wanted"),
         ({"json_schema": {"$ref": "https://example.com/schema"}}, "points nowhere"),
+        ({"json_schema": {"$dynamicRef": "https://example.com/schema"}}, "points nowhere"),
+        ({"json_schema": {"$defs": {"y": {}}, "items": {"$id": "https://example.com/x", "$ref": "#/$defs/y"}}}, "points nowhere"),
         (
             {"json_schema": {"items": [{"$ref": "#/$defs/gone"}], "$schema": "http://json-schema.org/draft-07/schema#"}},
             "points nowhere",

@@ -101,6 +101,12 @@ def test_prompts_are_wrapped_where_there_is_a_template(byte_tokenizer: PreTraine
         encode(Prompt("t", messages=(Message("tool", "x"),), where="f:5"), byte_tokenizer)
 
 
+def test_a_prompt_without_tokens_is_refused(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    byte_tokenizer.chat_template = "{{ '' }}"
+    with pytest.raises(InputError, match="f:2: the prompt 'p' has no tokens"):
+        encode(Prompt("p", text="Hi", where="f:2"), byte_tokenizer)
+
+
 def test_choices_are_read(tmp_path: Path) -> None:
     (item,) = read_choices(write(tmp_path, '{"question": "Q", "choices": ["a", "b"], "answer": 1}'))
     assert (item.id, item.question, item.choices, item.answer, item.source) == ("row-1", "Q", ("a", "b"), 1, "rows")

@@ -45,13 +45,13 @@ def answer(name: str, text: str) -> Answer:
 
 
 PROMPTS = [
-    prompt("kept", contains="a"),
-    prompt("broken", contains="a"),
-    prompt("fixed", contains="a"),
-    prompt("fail", contains="a"),
+    prompt("kept", contains="7"),
+    prompt("broken", contains="7"),
+    prompt("fixed", contains="7"),
+    prompt("fail", contains="7"),
 ]
-OLD = [answer("kept", "a"), answer("broken", "a"), answer("fixed", "b"), answer("fail", "b")]
-NEW = [answer("kept", "aa"), answer("broken", "I can't help with that."), answer("fixed", "a"), answer("fail", "b")]
+OLD = [answer("kept", "7"), answer("broken", "7"), answer("fixed", "b"), answer("fail", "b")]
+NEW = [answer("kept", "77"), answer("broken", "I can't help with that."), answer("fixed", "7"), answer("fail", "b")]
 
 
 def test_outcomes_are_counted_both_ways() -> None:

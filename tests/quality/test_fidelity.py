@@ -105,6 +105,14 @@ def test_interval_counts_windows_not_tokens() -> None:
     )
 
 
+def test_agreement_bounds_stay_shares() -> None:
+    agree, differ = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+    answers = iter([agree, agree, differ])
+    reference = scripted(agree[0].repeat(5, 1))
+    value = compare_models(reference, lambda ids: next(answers).repeat(1, 5, 1), [[0] * 5] * 3).figures()["top1_agreement"]
+    assert (value.value, value.low, value.high) == (pytest.approx(2 / 3), 0, 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes_may_differ(dtype: torch.dtype) -> None:
     logits = torch.randn(9, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -132,6 +140,14 @@ def test_only_padding_is_allowed_between_vocabularies(sizes: tuple[int, int], co
         common_vocabulary(*sizes)
 
 
+def test_rounding_makes_no_divergence_negative() -> None:
+    logits = 4 * torch.randn(40, 5000, generator=torch.Generator().manual_seed(0))
+    nearly = logits + 1e-6 * torch.randn(40, 5000, generator=torch.Generator().manual_seed(1))
+    (window,) = compare_models(scripted(logits), scripted(nearly), [list(range(40))]).windows
+    assert window.kld.min() >= 0
+    assert window.kld.max() < 1e-5
+
+
 def test_masked_tokens_are_no_difference() -> None:
     logits = torch.tensor([[0.0, 1.0, -math.inf]]).repeat(4, 1)
     assert compare_models(scripted(logits), scripted(logits), [[0, 1, 0, 1]]).figures()["kld.max"].value == 0
@@ -147,6 +163,7 @@ def test_logits_that_are_not_finite_make_figures_null_with_a_reason(bad: float) 
     assert {value.reason for value in result.figures().values()} == {"logits not finite at 1 of 4 positions"}
     assert result.ppl is None
     assert result.delta_nll is None
+    assert result.ppl_ratio is None
 
 
 def test_a_ruined_model_overflows_nothing() -> None:

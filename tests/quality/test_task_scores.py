@@ -61,6 +61,14 @@ def test_items_beyond_the_context_are_refused(byte_tokenizer: PreTrainedTokenize
         score_choices(unused, byte_tokenizer, ITEMS, context_tokens=25)
 
 
+def test_a_choice_without_tokens_of_its_own_is_refused() -> None:
+    def same_for_all(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [7]}
+
+    with pytest.raises(InputError, match="item 'a': question and choice cannot be told apart"):
+        score_choices(lambda ids, mask: ids, same_for_all, ITEMS)  # type: ignore[arg-type]
+
+
 def score(name: str, *, right: bool, source: str = "s") -> ItemScore:
     return ItemScore(name, source, 0, (-1.0, -2.0), (-1.0, -2.0) if right else (-2.0, -1.0))
 
@@ -76,6 +84,7 @@ def test_comparison_counts_flips_both_ways() -> None:
     assert (result.total, result.correct_reference, result.correct) == (50, 30, 24)
     assert result.by_source == {"one": (10, 10, 10), "two": (40, 20, 14)}
     assert result.mcnemar_p == pytest.approx(2 * (1 + 10 + 45) / 2**10)
+    assert result.accuracy_reference.estimate == 0.6
     figures = result.figures()
     assert figures["mc.accuracy"].value == pytest.approx(0.48)
     assert figures["mc.delta"].value == pytest.approx(-0.12)

@@ -16,7 +16,9 @@ from infopt.result import Arm, Block, Run, Value
 REFERENCE = "SmolLM2-135M-Instruct, dequantized from Q4_1/Q8_0"
 ENVIRONMENT: dict[str, Any] = {
     "fingerprint": "3f9a1c",
-    "cpu": {"model": "AMD EPYC 9R14", "physical_cores": 2},
+    "device": "cpu",
+    "cpu": "AMD EPYC 9R14",
+    "cores": 2,
     "threads": 2,
     "memory_bytes": 25_200_000_000,
     "libraries": {"torch": "2.13.0+cpu", "transformers": "5.23.0"},
@@ -167,7 +169,8 @@ def run() -> Run:
     blocks = tuple(Block(arm="int8", index=i, round=i, position=0, wall_s=14.0, other_cpu_cores=0.02) for i in range(3))
     return Run(
         id="20261122T100000Z-int8-77aa", name="int8", created_utc="2026-11-22T10:00:00Z", is_complete=True,
-        infopt_version="0.1.0", arm=arm("int8"), workload=WORKLOAD, workload_hash="beef", environment=ENVIRONMENT, settings={"seed": 0},
+        infopt_version="0.1.0", arm=arm("int8"), workload=WORKLOAD, workload_hash="beef",
+        environment=ENVIRONMENT, settings={"seed": 0},
         figures={**result.figures, **more}, blocks=blocks, limits=result.limits, noise={"tpot_s.p50": 0.011},
         warnings=("warm-up stopped at its cap of 20 iterations while the times still showed a trend: raise the cap",),
     )  # fmt: skip

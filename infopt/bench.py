@@ -1,0 +1,151 @@
+"""`infopt bench`: one arm, measured; `results/<utc>-<name>-<hash>/` is what is left.
+
+Its weight steps run once, into the artifact cache; blocks run in a fresh process; quality is judged against the model
+that the arm started from. `self_test` runs a second process of the same arm between the blocks: the noise floor that a
+stored comparison needs.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import FrameType
+
+from infopt import artifact, recipe, result, stats, techniques
+from infopt.arm_run import ArmRun, best_machine, now_utc, prepare, run_id
+from infopt.arms import ArmSpec
+from infopt.errors import Exit, InfoptError
+from infopt.judging import INFORMING, Evidence
+from infopt.process import WorkerProcess
+from infopt.protocols import Progress
+from infopt.report import markdown
+from infopt.result import Run
+from infopt.settings import LoadOptions, Settings, WorkloadSpec
+
+
+def bench(
+    spec: ArmSpec,
+    workload: WorkloadSpec,
+    options: LoadOptions,
+    settings: Settings,
+    *,
+    blocks: int,
+    results: Path,
+    self_test: bool = False,
+    progress: Progress = lambda line: None,
+) -> tuple[Run, Path]:
+    """The run and its folder. Raises InfoptError; what was measured until then stays, marked incomplete."""
+    created = now_utc()
+    folder = results / run_id(created, spec.label, (spec.as_dict(), asdict(workload)))
+    with WorkerProcess("preparing", options.threads, progress) as lab:
+        (ready,) = prepare([spec], options, lab)
+        if isinstance(ready, InfoptError):
+            raise ready
+        own = ArmRun(ready, options, workload, settings, folder, progress)
+        twin = ArmRun(replace(ready, label=f"{spec.label} (A/A)"), options, workload, settings, folder / "self-test", progress)
+        runs = [own, twin] if self_test else [own]
+        with kept_on_interrupt(lambda reason: write_run(own, created, reason)):
+            try:
+                for run in runs:
+                    run.open()
+                for index in range(blocks):
+                    order = runs if index % 2 == 0 else runs[::-1]
+                    for position, run in enumerate(order):
+                        progress(f"{run.label}: block {index + 1} of {blocks}")
+                        run.block(index, position)
+                machine = best_machine(runs)
+                for run in runs:
+                    run.finish(machine)
+                if self_test:
+                    own.noise = noise_floor(own, twin)
+            finally:
+                for run in runs:
+                    run.close()
+            reference = reference_of(spec, ready)
+            if settings.quality is not None and not is_reference(ready, reference):
+                measure_quality(reference, [own], options, settings, lab)
+            run_record = write_run(own, created, None)
+    return run_record, folder
+
+
+def reference_of(spec: ArmSpec, ready: ArmSpec) -> ArmSpec:
+    """The model that an arm's quality is judged against: itself untouched, or what its artifact was made from."""
+    source = artifact.read_artifact(Path(ready.model)).reference if spec.is_artifact else spec.model
+    return ArmSpec("reference", source, recipe.load("baseline", techniques.find))
+
+
+def is_reference(arm: ArmSpec, reference: ArmSpec) -> bool:
+    """Same weights, run the same way: nothing to judge."""
+    ways = [replace(each.recipe, name="", about="", source="", gates=()) for each in (arm, reference)]
+    return arm.model == reference.model and ways[0] == ways[1]
+
+
+def measure_quality(
+    reference: ArmSpec, runs: Sequence[ArmRun], options: LoadOptions, settings: Settings, lab: WorkerProcess
+) -> None:
+    """All tiers for every run, against one reference that stays open."""
+    by_label = {run.label: run for run in runs}
+    lab.call(
+        "assess",
+        lambda event: by_label[event["label"]].take_quality(event["quality"]),
+        reference=reference.as_dict(),
+        candidates=[run.spec.as_dict() for run in runs],
+        options=asdict(options),
+        settings=asdict(settings.quality) if settings.quality else {},
+    )
+
+
+def noise_floor(first: ArmRun, second: ArmRun, keys: Sequence[str] = INFORMING) -> dict[str, float]:
+    """A/A: the standard deviation of the paired log-ratios of an arm against itself, by figure."""
+    found = {}
+    for key in keys:
+        if not key.endswith("p50"):
+            continue
+        one, two = (Evidence(run.samples, run.blocks, run.figures) for run in (first, second))
+        indices = one.indices()
+        pairs = [(a, b) for a, b in zip(one.series(key, indices), two.series(key, indices), strict=True) if a and b]
+        if len(pairs) > 1:
+            deviation = stats.log_ratio_sd([a for a, _ in pairs], [b for _, b in pairs])
+            if deviation is not None:
+                found[key] = deviation
+    return found
+
+
+def write_run(run: ArmRun, created: str, reason: str | None) -> Run:
+    """`run.json` and `report.md` of one arm."""
+    record = run.run(created, reason)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    result.write_atomic(run.folder / "run.json", result.dump(record))
+    result.write_atomic(run.folder / "report.md", markdown.run_report(record))
+    return record
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, so that it unwinds as Ctrl-C does."""
+
+
+@contextmanager
+def kept_on_interrupt(write: Callable[[str], object]) -> Iterator[None]:
+    """Whatever ends the block early, `write(reason)` keeps what was measured so far."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        write("terminated" if isinstance(error, Terminated) else "interrupted")
+        raise
+    except Exception as error:
+        write(str(error).split("\n")[0] or type(error).__name__)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def interrupted_exit(error: KeyboardInterrupt) -> Exit:
+    return Exit.TERMINATED if isinstance(error, Terminated) else Exit.INTERRUPTED

@@ -1,0 +1,348 @@
+"""`infopt compare`: every arm against the first. Live, the arms run interleaved; stored, two results are read.
+
+Live: weight steps run once into the artifact cache; then rounds, each with one block of the baseline that all candidates
+share, in alternating order (ABBA); then quality, against the first arm. Both modes end in `judging.judge`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from infopt import __version__, artifact, checks, comparison, result
+from infopt.arm_run import ArmRun, best_machine, now_utc, prepare, run_id
+from infopt.arms import ArmSpec, file_name
+from infopt.bench import kept_on_interrupt, measure_quality, noise_floor, write_run
+from infopt.comparison import ArmResult, Comparison
+from infopt.errors import Exit, InfoptError, InputError, NotComparableError
+from infopt.figures import find
+from infopt.gates import Gate, parse_gates
+from infopt.judgement import DEFAULT_ALPHA, Judgement, Verdict, exit_code, not_comparable, undecided
+from infopt.judging import INFORMING, Evidence, judge
+from infopt.measure import environment
+from infopt.process import WorkerProcess
+from infopt.protocols import Progress
+from infopt.report import html, markdown
+from infopt.result import Run, Value
+from infopt.settings import LoadOptions, Settings, WorkloadSpec
+from infopt.stats import Look, looks
+
+QUICK_PAIRS, GATE_PAIRS = 10, 20
+SELF_TEST = "A/A"
+_MAX_REDO = 1
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How live arms are compared. `is_gate_mode`: a fresh process per block, loaded blocks redone, pairs added while open."""
+
+    pairs: int = QUICK_PAIRS
+    max_pairs: int | None = None
+    is_gate_mode: bool = False
+    self_test: bool = False
+    gates: tuple[Gate, ...] | None = None
+    """None: each arm's own, from its recipe."""
+    is_strict: bool = False
+
+    def looks(self) -> tuple[Look, ...]:
+        return looks(DEFAULT_ALPHA, self.pairs, max(self.pairs, self.max_pairs or self.pairs))
+
+    def gates_of(self, recipe_gates: tuple[Gate, ...]) -> tuple[Gate, ...]:
+        return recipe_gates if self.gates is None else self.gates
+
+
+def compare(
+    specs: Sequence[ArmSpec],
+    workload: WorkloadSpec,
+    options: LoadOptions,
+    settings: Settings,
+    protocol: Protocol,
+    *,
+    results: Path,
+    progress: Progress = lambda line: None,
+) -> tuple[Comparison, Path]:
+    """Runs the arms interleaved. Raises InputError for an arm that is refused; an arm that fails later keeps its error."""
+    live = _Live(specs, workload, options, settings, protocol, results, progress)
+    with kept_on_interrupt(live.write):
+        live.measure()
+    return live.write(None), live.folder
+
+
+class _Live:
+    def __init__(
+        self,
+        specs: Sequence[ArmSpec],
+        workload: WorkloadSpec,
+        options: LoadOptions,
+        settings: Settings,
+        protocol: Protocol,
+        results: Path,
+        progress: Progress,
+    ) -> None:
+        if len(specs) < 2 and not protocol.self_test:
+            raise InputError("one arm is nothing to compare", hint="infopt compare demo demo:int8")
+        self.specs, self.workload, self.options, self.settings = list(specs), workload, options, settings
+        self.protocol, self.progress = protocol, progress
+        self.created = now_utc()
+        name = "compare-" + "-".join(file_name(spec.label) for spec in specs[:4])
+        self.folder = results / run_id(self.created, name[:60], [spec.as_dict() for spec in specs])
+        self.runs: list[ArmRun] = []
+        self.twin: ArmRun | None = None
+        self.look = protocol.looks()[0]
+
+    def measure(self) -> None:
+        with WorkerProcess("preparing", self.options.threads, self.progress) as lab:
+            self._prepare(lab)
+            self._time()
+            if self.settings.quality is not None:
+                alive = [run for run in self.runs if run.error is None]
+                measure_quality(alive[0].spec, alive[1:], self.options, self.settings, lab)
+
+    def _prepare(self, lab: WorkerProcess) -> None:
+        """Every arm's artifact, then an open worker each."""
+        ready = prepare(self.specs, self.options, lab)
+        for spec, made in zip(self.specs, ready, strict=True):
+            run = self._run(made if isinstance(made, ArmSpec) else spec)
+            self.runs.append(run)
+            if isinstance(made, InfoptError):
+                self._fail(run, made)
+        if self.protocol.self_test:
+            base = self.runs[0].spec
+            self.twin = self._run(replace(base, label=f"{base.label} ({SELF_TEST})"))
+
+    def _run(self, spec: ArmSpec) -> ArmRun:
+        folder = self.folder / "arms" / file_name(spec.label)
+        return ArmRun(spec, self.options, self.workload, self.settings, folder, self.progress)
+
+    def _fail(self, run: ArmRun, error: InfoptError) -> None:
+        """The baseline's errors and refusals end the comparison; another arm's are its result."""
+        if run is self.runs[0] or isinstance(error, InputError):
+            raise error
+        run.error = str(error)
+        run.kill()
+
+    def _alive(self) -> list[ArmRun]:
+        return [run for run in [*self.runs, self.twin] if run is not None and run.error is None]
+
+    def _time(self) -> None:
+        try:
+            for run in self._alive():
+                run.start()
+            for run in self._alive():
+                self._guard(run, run.open)
+            done = 0
+            for look in self.protocol.looks():
+                for index in range(done, look.pairs):
+                    self._round(index)
+                done, self.look = look.pairs, look
+                if not self._is_open_question():
+                    break
+            machine = best_machine(self._alive())
+            for run in self._alive():
+                run.finish(machine)
+            if self.twin is not None:
+                self.runs[0].noise = noise_floor(self.runs[0], self.twin)
+        finally:
+            for run in [*self.runs, *([self.twin] if self.twin else [])]:
+                run.close()
+
+    def _round(self, index: int) -> None:
+        """One block of every arm; odd rounds run backwards, so that drift cancels."""
+        baseline, *others = self._alive()
+        random.Random(self.options.seed).shuffle(others)
+        order = [baseline, *others] if index % 2 == 0 else [*reversed(others), baseline]
+        for position, run in enumerate(order):
+            self.progress(f"round {index + 1}: {run.label}")
+            self._guard(run, lambda run=run, position=position: self._block(run, index, position))  # type: ignore[misc]
+
+    def _block(self, run: ArmRun, index: int, position: int) -> None:
+        if self.protocol.is_gate_mode and index:
+            run.restart()
+        block = run.block(index, position)
+        for _ in range(_MAX_REDO if self.protocol.is_gate_mode else 0):
+            if not any(flag.startswith(("contended", "throttled")) for flag in block.flags):
+                break
+            block = run.block(index, position, is_redone=True)
+
+    def _guard(self, run: ArmRun, work: Any) -> None:
+        try:
+            work()
+        except InfoptError as error:
+            self._fail(run, error)
+
+    def _is_open_question(self) -> bool:
+        """Whether more pairs could settle a gate."""
+        for run in self._alive()[1:]:
+            timed = [gate for gate in self.protocol.gates_of(run.spec.recipe.gates) if find(gate.figure)[0].kind != "quality"]
+            found = judge(self._evidence(self.runs[0]), self._evidence(run), timed, alpha=self.look.alpha, informing=())
+            if any(each.verdict is Verdict.INCONCLUSIVE and each.p is not None for each in found):
+                return True
+        return False
+
+    def _evidence(self, run: ArmRun) -> Evidence:
+        return Evidence(run.samples, run.blocks, run.figures, run.quality, self.settings.objectives)
+
+    def _judgements(self, run: ArmRun) -> tuple[Judgement, ...]:
+        gates = self.protocol.gates_of(run.spec.recipe.gates)
+        if run.error is not None:
+            return tuple(undecided(gate.figure, gate, run.error) for gate in gates)
+        return judge(self._evidence(self.runs[0]), self._evidence(run), gates, alpha=self.look.alpha)
+
+    def write(self, reason: str | None) -> Comparison:
+        """Everything known now: one folder per arm, `compare.json`, reports. `reason`: why it is incomplete."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for run in [*self.runs, *([self.twin] if self.twin else [])]:
+            if run.facts:
+                write_run(run, self.created, reason or run.error)
+        judgements, self_test = {}, ()
+        if reason is None:
+            judgements = {run.label: self._judgements(run) for run in self.runs[1:]}
+            if self.twin is not None:
+                times = tuple(key for key in INFORMING if find(key)[0].kind == "time")
+                base, twin = self._evidence(self.runs[0]), self._evidence(self.twin)
+                self_test = judge(base, twin, (), alpha=self.look.alpha, informing=times)
+        facts = self.runs[0].facts if self.runs else {}
+        document = Comparison(
+            id=self.folder.name,
+            created_utc=self.created,
+            is_complete=reason is None,
+            incomplete_reason=reason,
+            mode="live",
+            infopt_version=__version__,
+            environment=facts.get("environment", {}),
+            workload=facts.get("workload", asdict(self.workload)),
+            settings=self.settings.as_dict() | {"options": asdict(self.options), "gate_mode": self.protocol.is_gate_mode},
+            baseline=self.specs[0].label,
+            arms=tuple(_arm_result(run) for run in self.runs),
+            judgements=judgements,
+            self_test=self_test,
+            warnings=self._warnings(judgements),
+            pairs=len(self.runs[0].blocks) if self.runs else 0,
+            exit_code=self._exit_code(judgements, reason),
+        )
+        write_comparison(document, self.folder)
+        return document
+
+    def _exit_code(self, judgements: dict[str, tuple[Judgement, ...]], reason: str | None) -> int:
+        if reason is not None or any(run.error for run in self.runs):
+            return int(Exit.FAILED)
+        return int(exit_code([each for found in judgements.values() for each in found], self.protocol.is_strict))
+
+    def _warnings(self, judgements: dict[str, tuple[Judgement, ...]]) -> tuple[str, ...]:
+        lines = [line for run in self.runs for line in run.warnings()]
+        is_gated = any(each.gate and each.p is not None for found in judgements.values() for each in found)
+        few = checks.few_pairs(len(self.runs[0].blocks), self.look.alpha, is_gated) if self.runs else None
+        return tuple(lines + ([f"{few.message}; {few.next_step}"] if few else []))
+
+
+def _arm_result(run: ArmRun) -> ArmResult:
+    evidence = Evidence(run.samples, run.blocks, run.figures)
+    indices = evidence.indices()
+    keys = [key for key in INFORMING if find(key)[1] is not None] if indices else []
+    return ArmResult(
+        label=run.label,
+        arm=run.record(),
+        figures=run.figures,
+        quality=run.quality,
+        limits=run.limits,
+        blocks={key: tuple(evidence.series(key, indices)) for key in keys},
+        error=run.error,
+    )
+
+
+# --- Stored runs -----------------------------------------------------------------------------------------------------
+
+
+def compare_stored(
+    folders: Sequence[Path], *, gates: tuple[Gate, ...] | None, is_strict: bool, across_versions: bool = False
+) -> Comparison:
+    """Two or more results, against the first. Raises NotComparableError when the baseline is missing."""
+    if not (folders[0] / "run.json").exists():
+        raise NotComparableError(f"{folders[0]}: no baseline result there", hint="infopt bench … --self-test makes one")
+    runs = [_complete(folder) for folder in folders]
+    evidence = [_stored_evidence(run, folder) for run, folder in zip(runs, folders, strict=True)]
+    judgements: dict[str, tuple[Judgement, ...]] = {}
+    labels = _distinct([run.arm.label for run in runs])
+    for label, run, own in zip(labels[1:], runs[1:], evidence[1:], strict=True):
+        chosen = parse_gates(run.arm.recipe.get("gates"), "gates") if gates is None else gates
+        reason = mismatch(runs[0], run, across_versions)
+        if reason:
+            judgements[label] = tuple(not_comparable(g.figure, g, reason) for g in chosen) or (
+                not_comparable("tpot_s.p50", None, reason),
+            )
+            continue
+        judgements[label] = judge(evidence[0], own, chosen, is_live=False, noise=runs[0].noise)
+    created = now_utc()
+    return Comparison(
+        id=run_id(created, "stored", labels),
+        created_utc=created,
+        is_complete=True,
+        mode="stored",
+        infopt_version=__version__,
+        environment=runs[0].environment,
+        workload=runs[0].workload,
+        settings=runs[0].settings,
+        baseline=labels[0],
+        arms=tuple(
+            ArmResult(label=label, arm=run.arm, figures=run.figures, quality=run.quality, limits=run.limits)
+            for label, run in zip(labels, runs, strict=True)
+        ),
+        judgements=judgements,
+        warnings=tuple(line for run in runs for line in run.warnings),
+        pairs=min(len(run.blocks) for run in runs),
+        exit_code=int(exit_code([each for found in judgements.values() for each in found], is_strict)),
+    )
+
+
+def mismatch(baseline: Run, candidate: Run, across_versions: bool) -> str | None:
+    """Why two stored runs cannot be compared, or None. What a recipe changes is the thing under test and never counts."""
+    fields = [*environment.MATCHED, *(() if across_versions else environment.VERSIONS)]
+    found = environment.differences(baseline.environment, candidate.environment, fields)
+    if baseline.workload_hash != candidate.workload_hash:
+        found.append(f"workload: {baseline.workload.get('name')} against {candidate.workload.get('name')}, or other prompts")
+    return "; ".join(found) or None
+
+
+def _complete(folder: Path) -> Run:
+    run = result.read_run(folder)
+    if not run.is_complete:
+        raise InputError(f"{folder}: this run is not complete ({run.incomplete_reason})", hint="run the bench again")
+    return run
+
+
+def _stored_evidence(run: Run, folder: Path) -> Evidence:
+    samples = list(result.read_samples(folder))
+    return Evidence(samples, run.blocks, run.figures, run.quality, run.settings.get("objectives") or {})
+
+
+def _distinct(labels: Sequence[str]) -> list[str]:
+    return [label if labels.index(label) == i else f"{label} ({i + 1})" for i, label in enumerate(labels)]
+
+
+def is_stored(texts: Sequence[str]) -> bool:
+    """Whether the arguments are results folders. Raises InputError when results and models are mixed."""
+    stored = [
+        Path(text).is_dir() and (Path(text) / "run.json").is_file() and not artifact.is_artifact(Path(text)) for text in texts
+    ]
+    if any(stored) and not all(stored):
+        result_name, other = texts[stored.index(True)], texts[stored.index(False)]
+        if not (Path(other).is_dir() and not artifact.is_artifact(Path(other)) and not (Path(other) / "config.json").exists()):
+            raise InputError(
+                f"{result_name} is a stored result and {other} a model; compare results with results, or models with models",
+                hint="bench the model first, then compare the two results folders",
+            )
+        return True
+    return all(stored)
+
+
+def write_comparison(document: Comparison, folder: Path) -> None:
+    """`compare.json` and what derives from it."""
+    result.write_atomic(folder / "compare.json", result.dump(document))
+    result.write_atomic(folder / "report.md", markdown.comparison_report(document))
+    result.write_atomic(folder / "report.html", html.comparison_page(document))
+
+
+__all__ = ["Comparison", "Protocol", "Value", "compare", "compare_stored", "comparison"]

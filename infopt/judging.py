@@ -1,0 +1,117 @@
+"""From measured arms to judgements: which judge serves which figure, live or stored, with Holm over the gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from infopt import figures, verdict
+from infopt.errors import InputError
+from infopt.gates import Gate
+from infopt.judgement import DEFAULT_ALPHA, Judgement, apply_holm, undecided
+from infopt.measure import latency
+from infopt.result import Block, Sample, Value
+
+#: Judged without a gate, to inform.
+INFORMING = (
+    "ttft_s.p50", "tpot_s.p50", "decode_tok_per_s.p50", "prefill_tok_per_s.p50", "e2e_s.p50",
+    "weights_bytes", "resident_weights_bytes", "host_rss_peak_bytes",
+    "kld.mean", "ppl_ratio", "top1_agreement", "mc.accuracy", "behaviour.pass_share",
+)  # fmt: skip
+TAILS = ("p90", "p95", "p99")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of one arm, from a live run or a stored one."""
+
+    samples: Sequence[Sample]
+    blocks: Sequence[Block]
+    figures: Mapping[str, Value]
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    objectives: Mapping[str, float] = field(default_factory=dict)
+
+    def series(self, key: str, indices: Sequence[int]) -> list[float | None]:
+        """The figure of each block, in the order of `indices`."""
+        found = latency.block_values(self.samples, key, self.blocks, self.objectives or None)
+        return [found.get(index) for index in indices]
+
+    def requests(self, name: str, indices: Sequence[int]) -> list[list[float]]:
+        """A sampled figure of every request, by block."""
+        return [latency.values([s for s in self.samples if s.block == index], name) for index in indices]
+
+    def indices(self) -> list[int]:
+        return sorted(block.index for block in self.blocks)
+
+
+def judge(
+    baseline: Evidence,
+    candidate: Evidence,
+    gates: Sequence[Gate],
+    *,
+    is_live: bool = True,
+    noise: Mapping[str, float] | None = None,
+    alpha: float = DEFAULT_ALPHA,
+    informing: Sequence[str] = INFORMING,
+) -> tuple[Judgement, ...]:
+    """Every gate, then every informing figure without one. `noise`: the stored A/A deviations, for stored runs."""
+    gated = {gate.figure for gate in gates}
+    wanted: list[tuple[str, Gate | None]] = [(gate.figure, gate) for gate in gates]
+    wanted += [(key, None) for key in informing if key not in gated and _is_known(key, candidate)]
+    judges = [_judge_for(key, gate, baseline, candidate, is_live, noise or {}) for key, gate in wanted]
+    return apply_holm(judges, alpha)
+
+
+def _is_known(key: str, candidate: Evidence) -> bool:
+    found = candidate.figures.get(key)
+    return found is not None and found.value is not None
+
+
+def _judge_for(
+    key: str, gate: Gate | None, baseline: Evidence, candidate: Evidence, is_live: bool, noise: Mapping[str, float]
+) -> Callable[[float], Judgement]:
+    figure, statistic = figures.find(key)
+    if figure.kind == "quality":
+        return _quality(key, gate, baseline, candidate)
+    try:
+        indices = candidate.indices() if is_live else []
+        if not is_live:
+            before = baseline.series(key, baseline.indices())
+            after = candidate.series(key, candidate.indices())
+            return lambda alpha: verdict.judge_stored(key, before, after, gate, noise.get(key), alpha)
+        if statistic in TAILS:
+            tails = baseline.requests(figure.name, indices), candidate.requests(figure.name, indices)
+            return lambda alpha: verdict.judge_tail(key, *tails, gate, alpha)
+        pairs = baseline.series(key, indices), candidate.series(key, indices)
+        return lambda alpha: verdict.judge_paired(key, *pairs, gate, alpha)
+    except InputError:  # one value per run, not per block
+        points = _number(baseline, key), _number(candidate, key)
+        return lambda alpha: verdict.judge_point(key, *points, gate)
+
+
+def _quality(key: str, gate: Gate | None, baseline: Evidence, candidate: Evidence) -> Callable[[float], Judgement]:
+    found = candidate.figures.get(key)
+    if found is None or found.value is None:
+        reason = (found.reason if found else None) or "quality was not measured"
+        return lambda alpha: undecided(key, gate, reason)
+    items = candidate.quality.get("tasks") if key in ("mc.accuracy", "mc.delta") else candidate.quality.get("behaviour")
+    if items and key in ("mc.accuracy", "mc.delta", "behaviour.pass_share"):
+        broken, fixed, kept, total = _flips(items)
+        return lambda alpha: verdict.judge_accuracy(key, kept, broken, fixed, total, gate, alpha)
+    judge_value = partial(verdict.judge_absolute, key, found.value, found.low, found.high, gate)
+    return lambda alpha: judge_value(alpha, baseline=_number(baseline, key))
+
+
+def _flips(items: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """(broken, fixed, right on both, all) of task items or of prompts with rules."""
+    if "items" in items:
+        broken, fixed = len(items["broken"]), len(items["fixed"])
+        return broken, fixed, items["correct"] - fixed, items["items"]
+    return items["broken"], items["fixed"], items["kept"], items["checked"]
+
+
+def _number(evidence: Evidence, key: str) -> float | None:
+    found = evidence.figures.get(key)
+    return None if found is None else found.value

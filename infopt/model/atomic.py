@@ -1,0 +1,105 @@
+"""Folders that are complete or absent, and a disk that runs full in one line."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from infopt.errors import DiskFullError, InfoptError
+from infopt.units import size
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def new_folder(target: Path, needed_bytes: int | None = None) -> Iterator[Path]:
+    """A temporary sibling that becomes `target` when the block ends well and is gone when it does not.
+
+    Everything is on the disk before the rename, so a `target` that exists is complete. `needed_bytes` is checked
+    against the free space first. Raises DiskFullError, and InfoptError for any other failure to write.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        if needed_bytes is not None and free_bytes(target) < needed_bytes:
+            raise _full(target, needed_bytes)
+        temporary.mkdir()
+        yield temporary
+        _flush(temporary)
+        temporary.replace(target)
+        _sync(target.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        code = _error_number(error)
+        if code in _FULL:
+            raise _full(target, needed_bytes) from error
+        if code is not None:
+            raise InfoptError(f"{target}: cannot be written: {os.strerror(code)}", hint="choose another folder") from error
+        raise
+
+
+def free_bytes(path: Path) -> int:
+    """Free space for this user where `path` is or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _full(target: Path, needed_bytes: int | None) -> DiskFullError:
+    needed = "" if needed_bytes is None else f"{size(needed_bytes)} needed, "
+    return DiskFullError(
+        f"{target}: no space left: {needed}{size(free_bytes(target))} free",
+        hint="free some space or choose a folder on another disk; nothing half-written was left behind",
+    )
+
+
+def _error_number(error: BaseException) -> int | None:
+    """The errno of a failed write. safetensors has its own exception and puts the number in the text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
+
+
+def _sweep(target: Path) -> None:
+    """Removes what writers that no longer run left beside `target`."""
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        number = stale.name.split(".")[-2]
+        if not number.isdigit() or int(number) == os.getpid() or not _runs(int(number)):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _flush(folder: Path) -> None:
+    """Writes every file through to the disk, and gives it the mode any new file would have (safetensors makes 0600)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,135 @@
+"""A model's shapes from its config alone: built on torch's meta device, so no weight is read or allocated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infopt.errors import InputError
+from infopt.model import checkpoint, gguf_file, hub
+from infopt.model.quiet import quiet
+from infopt.model.reference import ModelReference, config_path, local_path
+from infopt.protocols import Shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+
+
+def shapes(reference: ModelReference) -> Shapes:
+    """The shapes of any reference; a hub model costs the download of its config.
+
+    The experts of a mixture are stored as one stacked parameter, not as `nn.Linear`: they count under `other`.
+    Raises InputError when the config is not that of a causal language model with attention.
+    """
+    config = read_config(reference)
+    text = config.get_text_config()
+    lacking = [name for name in _NEEDED if getattr(text, name, None) is None]
+    if lacking:
+        raise InputError(
+            f"{reference.text}: model type {config.model_type!r} has no {lacking[0]}, which infopt is not tested with",
+            hint="allowed: decoder-only text models with attention",
+        )
+    model = _on_meta(config, reference)
+    return _measure(model, text)
+
+
+def read_config(reference: ModelReference) -> PreTrainedConfig:
+    """The config as transformers reads it, without its `quantization_config`. Raises InputError."""
+    from transformers import AutoConfig
+
+    path = config_path(reference)
+    try:
+        with quiet():
+            if path.is_file():
+                with gguf_file.shared_reader(path):
+                    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            else:
+                config = AutoConfig.from_pretrained(path, trust_remote_code=reference.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{reference.text}: transformers cannot read its config: {_first_line(error)}", hint=_hint(reference)
+        ) from None
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return config
+
+
+def _on_meta(config: PreTrainedConfig, reference: ModelReference) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet(), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=reference.trust_remote_code)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"{reference.text}: model type {config.model_type!r} does not open as a causal language model: {_first_line(error)}",
+            hint=_hint(reference),
+        ) from None
+    return model
+
+
+def _hint(reference: ModelReference) -> str:
+    return "allowed: decoder-only text models that this transformers knows; code from a model's folder runs only with --trust-remote-code"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _measure(model: PreTrainedModel, text: Any) -> Shapes:
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings().weight
+    linear = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    is_tied = head is not None and (head.weight is embedding or bool(getattr(text, "tie_word_embeddings", False)))
+    head_shape = None if head is None else (head.weight.shape[0], head.weight.shape[1])
+    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    counted = {id(embedding), *([id(head.weight)] if head is not None else [])}
+    rest = sum(count for key, count in unique.items() if key not in counted)
+    return Shapes(
+        architecture=type(model).__name__,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocabulary=text.vocab_size,
+        context=getattr(text, "max_position_embeddings", None) or 0,
+        linear=linear,
+        head=head_shape,
+        is_head_tied=is_tied,
+        embedding=embedding.numel(),
+        other=rest - sum(out * inner for out, inner in linear.values()),
+    )
+
+
+def stored_bytes(source: ModelReference | Path) -> int:
+    """Bytes of the weights as stored, from headers. For a hub model that is not here yet: from its config's shapes and dtype.
+
+    Raises InputError.
+    """
+    if isinstance(source, ModelReference):
+        if source.kind == "hub":
+            return _hub_bytes(source)
+        source = local_path(source)
+    return gguf_file.tensor_bytes(source) if source.is_file() else checkpoint.tensor_bytes(source)
+
+
+def _hub_bytes(reference: ModelReference) -> int:
+    try:
+        return checkpoint.tensor_bytes(hub.snapshot(reference.name, reference.revision, local_only=True))
+    except InputError:
+        import torch
+
+        dtype = read_config(reference).dtype
+        return shapes(reference).parameters * (dtype.itemsize if isinstance(dtype, torch.dtype) else 4)

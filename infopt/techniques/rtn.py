@@ -1,0 +1,82 @@
+"""Round to nearest: the baseline that every weight quantizer must beat."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from infopt.layers import grid
+from infopt.layers.grid import Grid, ScaleDType
+from infopt.protocols import Context, Machine, Prediction, Shapes
+from infopt.techniques.base import Needs, Options, Technique
+
+if TYPE_CHECKING:
+    from infopt.model.bundle import Bundle
+
+class RtnOptions(Options):
+    bits: Literal[4, 8] = 4
+    group_size: int | None = Field(default=64, ge=8)
+    symmetric: bool = True
+    scale_dtype: ScaleDType = "auto"
+    ignore: list[str] = ["lm_head"]
+
+
+class Rtn(Technique):
+    """Rounds each weight to the nearest point of an integer grid; no data, seconds to run.
+
+    One scale per group of input features maps the group's range to the integers (Jacob et al., arXiv 1712.05877; with
+    groups, ZeroQuant, arXiv 2206.01861). The artifact is compressed-tensors `pack-quantized`, which plain
+    transformers, vLLM and SGLang load. In memory, and in plain transformers, the weights are the rounded values in the
+    model's dtype: quality and stored bytes are those of the format, speed is that of the unquantized model.
+
+    bits         4 or 8 per weight, default 4. 8 is near lossless at twice the bytes.
+    group_size   input features that share a scale, ≥ 8, default 64; it must divide every layer's inputs. null: one scale
+                 per row. Smaller is more exact and costs 16/group_size more bits per weight with 2-byte scales.
+                 vLLM's kernels take 32, 64, 128 or null.
+    symmetric    default true: q·scale. false adds a zero point per group, which fits skewed groups better, and which
+                 fewer kernels support.
+    scale_dtype  what scales are rounded to and stored in: auto (the model's dtype, the default), float32, bfloat16,
+                 float16. A narrower one than the model's saves bytes; transformers' `dequantize=True` then also
+                 computes the weights in it.
+    ignore       modules left alone: globs over dotted names, or last parts such as `q_proj`; default [lm_head].
+    """
+
+    Options = RtnOptions
+    needs = Needs(modules=("compressed_tensors",))
+    neutral = {"ignore": ["*"]}
+    options: RtnOptions
+
+    @property
+    def _grid(self) -> Grid:
+        o = self.options
+        return Grid(o.bits, o.group_size, o.symmetric, o.scale_dtype)
+
+    def check(self, shapes: Shapes, path: str) -> None:
+        grid.check_ignore(shapes, self.options.ignore, path)
+        grid.check_groups(grid.chosen(shapes, self.options.ignore), self.options.group_size, f"{path}.group_size")
+
+    def apply(self, bundle: Bundle, context: Context) -> Bundle:
+        from infopt.layers import packing
+
+        layers = packing.linears(bundle, self.options.ignore)
+        packed = {}
+        for done, (name, layer) in enumerate(layers.items(), 1):
+            context.progress(f"rtn {done}/{len(layers)} {name}")
+            packed[name], layer.weight.data = packing.pack(layer.weight, self._grid)
+        if not packed:
+            return bundle
+        return replace(bundle, packed=packed, save_config=packing.config(self._grid, packing.left_alone(bundle.model, packed)))
+
+    def reopen(self, bundle: Bundle) -> Bundle:
+        from infopt.layers import packing
+
+        packing.open_packed(bundle.model)
+        return bundle
+
+    def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
+        return grid.predict(self._grid, grid.chosen(shapes, self.options.ignore), shapes, before, machine)
+
+
+TECHNIQUE = Rtn

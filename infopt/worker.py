@@ -1,0 +1,250 @@
+"""The measuring process: `python -m infopt.worker`. One JSON command per line in, JSON events out.
+
+    prepare   an arm's weight steps, into the artifact cache
+    open      an arm; tells what was loaded
+    block     one block of requests; a `sample` event each
+    finish    memory, share of the limit
+    assess    quality of candidates against a reference
+
+stdout carries the protocol alone: whatever libraries print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from infopt import optimize, pipeline
+from infopt.arms import ArmSpec
+from infopt.assess import assess
+from infopt.data import prompts, texts
+from infopt.errors import InfoptError
+from infopt.measure import energy, environment, memory, nvml, peaks, roofline
+from infopt.measure.clock import WallClock
+from infopt.measure.value import value
+from infopt.measure.window import Instruments, Place, measure_block
+from infopt.model import reference, shapes
+from infopt.protocols import Machine, Request, Trace
+from infopt.result import Sample
+from infopt.settings import LoadOptions, QualitySettings, WorkloadSpec
+from infopt.workload import Workload
+from infopt.workload.prompts import prompt_set
+from infopt.workload.shapes import FixedShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Emit = Callable[..., None]
+
+
+class OpenArm:
+    """An arm that is loaded and ready for blocks."""
+
+    def __init__(self, spec: ArmSpec, options: LoadOptions, workload: WorkloadSpec, emit: Emit) -> None:
+        self.spec, self.options, self._emit = spec, options, emit
+        self.device = pipeline.device_name(options.device)
+        self.threads = pipeline.set_threads(options.threads)
+        self.clock = WallClock(self.device)
+        self.gpu, gpu_reason = nvml.open_gpu(self.device)
+        self.memory = memory.MemoryWatch(self.device, self.gpu, gpu_reason)
+        self.machine = peaks.measure_machine(self.device)
+        start = self.clock.now()
+        self.bundle = pipeline.open_arm(spec, self.device, options, lambda line: emit("progress", line=line))
+        self.clock.synchronise()
+        self.load_s = self.clock.now() - start
+        self.reference = pipeline.resolve(spec.model, options)
+        self.shapes = shapes.shapes(self.reference)
+        self.engine = pipeline.engine(self.bundle, spec.recipe)
+        self.workload = build_workload(workload, self.bundle.tokenizer, self.shapes.context)
+        self.seed = options.seed
+        self.meter = energy.open_meter(self.device, self.clock.now, self.gpu, gpu_reason)
+        self.idle_power_w = energy.idle_power_w(self.meter, self.clock) if not isinstance(self.meter, energy.NoEnergy) else None
+        self.samples: list[Sample] = []
+        start = self.clock.now()
+        self.engine.generate(next(iter(self.workload.warmup(self.seed, 0))))
+        self.clock.synchronise()
+        self.first_run_s = self.clock.now() - start
+        self.memory.reset()
+
+    def facts(self) -> dict[str, Any]:
+        """What the parent puts into `run.json`."""
+        return {
+            "reference": self.bundle.description,
+            "reference_hash": reference.fingerprint(self.reference),
+            "device": self.device,
+            "dtype": str(self.bundle.model.dtype).removeprefix("torch."),
+            "environment": environment.gather(self.device, self.threads, self.gpu),
+            "workload": self.workload.as_dict(),
+            "workload_hash": self.workload.hash,
+            "machine": asdict(self.machine),
+            "figures": {
+                key: value(key, number).model_dump()
+                for key, number in (
+                    ("load_s", self.load_s),
+                    ("first_run_s", self.first_run_s),
+                    ("weights_bytes", float(shapes.stored_bytes(self.reference))),
+                    ("resident_weights_bytes", float(self.bundle.resident_bytes())),
+                )
+            },
+        }
+
+    def block(self, index: int, round: int, position: int, is_first: bool, warmup_cap: int) -> dict[str, Any]:
+        """One measured block of the workload."""
+        instruments = Instruments(
+            clock=self.clock,
+            energy=self.meter,
+            memory=self.memory,
+            gpu=self.gpu,
+            tokenise=self._tokenise,
+            detokenise=self._detokenise,
+            idle_power_w=self.idle_power_w,
+        )
+        block, samples = measure_block(
+            self.engine,
+            self.workload.batches(self.seed, index),
+            instruments,
+            Place(self.spec.label, index, round, position),
+            warmup=iter(self.workload.warmup(self.seed, index)),
+            is_first_block=is_first,
+            warmup_cap=warmup_cap,
+            on_sample=lambda sample: self._emit("sample", sample=sample.model_dump()),
+        )
+        self.samples += samples
+        return block.model_dump()
+
+    def finish(self, machine: dict[str, Any]) -> dict[str, Any]:
+        """Figures that need the whole run. `machine`: the best peaks that any worker of this command measured."""
+        element = pipeline.ELEMENT_BYTES[str(self.bundle.model.dtype).removeprefix("torch.")]
+        touched = roofline.touched_weight_bytes(self.shapes, self._weights_run(), element)
+        found, limits = roofline.shares_of_limit(
+            self.samples,
+            self.shapes,
+            Machine(**machine),
+            weights_bytes=touched,
+            kv_element_bytes=element,
+            dtype=str(self.bundle.model.dtype).removeprefix("torch."),
+        )
+        longest = max((s.batch * (s.prompt_tokens + s.out_tokens) for s in self.samples), default=0)
+        found["kv_bytes"] = value("kv_bytes", float(longest * self.shapes.kv_bytes_per_token(element)))
+        found |= self.memory.values()
+        return {"figures": {key: each.model_dump() for key, each in found.items()}, "limits": limits}
+
+    def _weights_run(self) -> int:
+        """Bytes of weights that a step works on: as stored, or as predicted for steps that no file holds."""
+        stored = shapes.stored_bytes(self.reference)
+        found = pipeline.build_techniques(self.spec.recipe, self.shapes)
+        if pipeline.first_at_load(self.spec.recipe, found) == len(found):
+            return stored
+        return pipeline.predict(self.spec.recipe, self.shapes, stored, self.machine)[-1][1].weights_bytes
+
+    def _tokenise(self, batch: Any) -> None:
+        for text in self._texts(batch):
+            self.bundle.tokenizer(text, verbose=False)
+
+    def _texts(self, batch: list[Request]) -> list[str]:
+        """Decoded outside the timed call, once per prompt."""
+        cache = self.__dict__.setdefault("_decoded", {})
+        return [cache.setdefault(r.prompt_ids, self.bundle.tokenizer.decode(r.prompt_ids)) for r in batch]
+
+    def _detokenise(self, trace: Trace) -> None:
+        for row in trace.output_ids:
+            self.bundle.tokenizer.decode(row)
+
+
+def build_workload(spec: WorkloadSpec, tokenizer: PreTrainedTokenizerBase, context: int) -> Workload:
+    """The requests themselves. Raises InputError when they do not fit the model's context, or the file is no good."""
+    if spec.prompts_file is None:
+        ids = tokenizer(texts.read_text("bundled", "evaluation"), verbose=False)["input_ids"]
+        return FixedShape(
+            name=spec.name,
+            prompt_tokens=spec.prompt_tokens,
+            new_tokens=spec.new_tokens,
+            batch=spec.batch,
+            requests=spec.requests,
+            text_ids=tuple(ids),
+            context=context,
+        )
+    rows = prompts.read_prompts(Path(spec.prompts_file))
+    return prompt_set(
+        spec.name,
+        rows,
+        lambda row: prompts.encode(row, tokenizer),
+        new_tokens=spec.new_tokens,
+        context=context,
+        batch=spec.batch,
+        ignore_eos=spec.ignore_eos,
+    )
+
+
+class Worker:
+    """Answers commands; holds at most one open arm."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._arm: OpenArm | None = None
+
+    def emit(self, event: str, **content: Any) -> None:
+        self._stream.write(json.dumps({"event": event, **content}, allow_nan=False) + "\n")
+        self._stream.flush()
+
+    def progress(self, line: str) -> None:
+        self.emit("progress", line=line)
+
+    def serve(self, commands: IO[str]) -> None:
+        for line in commands:
+            arguments = json.loads(line)
+            try:
+                self.emit("answer", value=getattr(self, f"do_{arguments.pop('command')}")(**arguments))
+            except InfoptError as error:
+                self.emit("error", kind=type(error).__name__, message=str(error), hint=error.hint)
+            except MemoryError:
+                self.emit("error", kind="WorkerError", message="out of memory", hint="infopt optimize --dry-run")
+            except Exception as error:
+                traceback.print_exc()
+                self.emit("error", kind="WorkerError", message=f"{type(error).__name__}: {error}".split("\n")[0], hint=None)
+
+    def do_prepare(self, arm: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        start = time.perf_counter()
+        folder = optimize.ensure(ArmSpec.from_dict(arm), LoadOptions(**options), self.progress)
+        return {"folder": None if folder is None else str(folder), "seconds": time.perf_counter() - start}
+
+    def do_open(self, arm: dict[str, Any], options: dict[str, Any], workload: dict[str, Any]) -> dict[str, Any]:
+        self._arm = OpenArm(ArmSpec.from_dict(arm), LoadOptions(**options), WorkloadSpec(**workload), self.emit)
+        return self._arm.facts()
+
+    def do_block(self, **arguments: Any) -> dict[str, Any]:
+        assert self._arm is not None
+        return self._arm.block(**arguments)
+
+    def do_finish(self, machine: dict[str, Any]) -> dict[str, Any]:
+        assert self._arm is not None
+        return self._arm.finish(machine)
+
+    def do_assess(
+        self, reference: dict[str, Any], candidates: list[dict[str, Any]], options: dict[str, Any], settings: dict[str, Any]
+    ) -> None:
+        """Emits one `quality` event per candidate."""
+        arms = [ArmSpec.from_dict(arm) for arm in candidates]
+        quality = QualitySettings(**settings)
+        for label, found in assess(ArmSpec.from_dict(reference), arms, LoadOptions(**options), quality, self.progress):
+            self.emit("quality", label=label, quality=found)
+
+
+def main() -> None:
+    # Ctrl-C reaches the whole process group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    Worker(protocol).serve(sys.stdin)
+
+
+if __name__ == "__main__":
+    main()
