@@ -179,7 +179,9 @@ class ArmRun:
             ]
         )
         lines = [f"{self.label}: {check.message}; {check.next_step}" for check in found]
-        return tuple(lines + [f"{self.label}: {len(errors)} requests failed: {errors[0]}"] * bool(errors))
+        if errors:
+            lines.append(f"{self.label}: {len(errors)} requests failed, the first with {errors[0]}")
+        return tuple(lines)
 
 
 def prepare(specs: Sequence[ArmSpec], options: LoadOptions, worker: WorkerProcess) -> list[ArmSpec | InfoptError]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from infopt import __version__, artifact, checks, comparison, result
+from infopt import __version__, checks, result
 from infopt.arm_run import ArmRun, best_machine, now_utc, prepare, run_id
 from infopt.arms import ArmSpec, file_name
 from infopt.bench import kept_on_interrupt, measure_quality, noise_floor, write_run
@@ -26,11 +26,11 @@ from infopt.measure import environment
 from infopt.process import WorkerProcess
 from infopt.protocols import Progress
 from infopt.report import html, markdown
-from infopt.result import Run, Value
+from infopt.result import Run
 from infopt.settings import LoadOptions, Settings, WorkloadSpec
 from infopt.stats import Look, looks
 
-QUICK_PAIRS, GATE_PAIRS = 10, 20
+QUICK_PAIRS, GATE_PAIRS, GATE_CAP = 10, 20, 30
 SELF_TEST = "A/A"
 _MAX_REDO = 1
 
@@ -156,7 +156,7 @@ class _Live:
         order = [baseline, *others] if index % 2 == 0 else [*reversed(others), baseline]
         for position, run in enumerate(order):
             self.progress(f"round {index + 1}: {run.label}")
-            self._guard(run, lambda run=run, position=position: self._block(run, index, position))  # type: ignore[misc]
+            self._guard(run, lambda run=run, position=position: self._block(run, index, position))
 
     def _block(self, run: ArmRun, index: int, position: int) -> None:
         if self.protocol.is_gate_mode and index:
@@ -197,7 +197,8 @@ class _Live:
         for run in [*self.runs, *([self.twin] if self.twin else [])]:
             if run.facts:
                 write_run(run, self.created, reason or run.error)
-        judgements, self_test = {}, ()
+        judgements: dict[str, tuple[Judgement, ...]] = {}
+        self_test: tuple[Judgement, ...] = ()
         if reason is None:
             judgements = {run.label: self._judgements(run) for run in self.runs[1:]}
             if self.twin is not None:
@@ -324,25 +325,23 @@ def _distinct(labels: Sequence[str]) -> list[str]:
 
 def is_stored(texts: Sequence[str]) -> bool:
     """Whether the arguments are results folders. Raises InputError when results and models are mixed."""
-    stored = [
-        Path(text).is_dir() and (Path(text) / "run.json").is_file() and not artifact.is_artifact(Path(text)) for text in texts
-    ]
-    if any(stored) and not all(stored):
-        result_name, other = texts[stored.index(True)], texts[stored.index(False)]
-        if not (Path(other).is_dir() and not artifact.is_artifact(Path(other)) and not (Path(other) / "config.json").exists()):
-            raise InputError(
-                f"{result_name} is a stored result and {other} a model; compare results with results, or models with models",
-                hint="bench the model first, then compare the two results folders",
-            )
-        return True
-    return all(stored)
+    stored = [text for text in texts if (Path(text) / "run.json").is_file()]
+    models = [text for text in texts if text not in stored and not _looks_stored(Path(text))]
+    if stored and models:
+        raise InputError(
+            f"{stored[0]} is a stored result and {models[0]} a model; compare results with results, or models with models",
+            hint="bench the model first, then compare the two results folders",
+        )
+    return not models
+
+
+def _looks_stored(folder: Path) -> bool:
+    """A results folder without its `run.json`: cut off, or a baseline that is gone."""
+    return (folder / "samples.jsonl").is_file() or folder.parent.name == "results"
 
 
 def write_comparison(document: Comparison, folder: Path) -> None:
     """`compare.json` and what derives from it."""
     result.write_atomic(folder / "compare.json", result.dump(document))
     result.write_atomic(folder / "report.md", markdown.comparison_report(document))
-    result.write_atomic(folder / "report.html", html.comparison_page(document))
-
-
-__all__ = ["Comparison", "Protocol", "Value", "compare", "compare_stored", "comparison"]
+    result.write_atomic(folder / "report.html", html.comparison_html(document))

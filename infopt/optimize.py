@@ -8,12 +8,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +21,11 @@ from infopt.arms import ArmSpec
 from infopt.artifact import Artifact, LoadBack, StepRecord
 from infopt.data import texts
 from infopt.errors import InputError, LoadBackError
-from infopt.measure import memory, peaks
-from infopt.model import cache, load, reference, save, shapes
+from infopt.measure import memory
+from infopt.model import atomic, cache, load, reference, save, shapes
 from infopt.protocols import Context, Prediction, Progress
-from infopt.recipe import Recipe
+from infopt.recipe import EngineSection, Recipe
+from infopt.result import dump
 from infopt.settings import LoadOptions
 from infopt.techniques.base import Technique
 
@@ -68,7 +67,7 @@ def forecast(model: str, chosen: Recipe, out: Path, options: LoadOptions) -> For
 
     ref = pipeline.resolve(model, options)
     device = pipeline.device_name(options.device)
-    machine = peaks.machine(device, pipeline.set_threads(options.threads))
+    machine = pipeline.machine(device, pipeline.set_threads(options.threads))
     stored = shapes.stored_bytes(ref)
     rows = pipeline.predict(chosen, shapes.shapes(ref), stored, machine)
     final = rows[-1][1].weights_bytes
@@ -81,7 +80,7 @@ def forecast(model: str, chosen: Recipe, out: Path, options: LoadOptions) -> For
         steps=tuple(rows),
         stored_bytes=stored,
         disk_bytes=disk,
-        free_disk_bytes=shutil.disk_usage(_existing(out)).free,
+        free_disk_bytes=atomic.free_bytes(out.absolute()),
         free_memory_bytes=machine.memory_bytes if device != "cpu" and machine.memory_bytes else psutil.virtual_memory().available,
     )
 
@@ -97,7 +96,7 @@ def optimize(model: str, chosen: Recipe, out: Path, options: LoadOptions, progre
         raise InputError(
             f"{model} is already optimized; optimize starts from a reference model", hint=f"infopt optimize {source} …"
         )
-    save.require_free_target(out)
+    save.check_target(out)
     ref = pipeline.resolve(model, options)
     device = pipeline.device_name(options.device)
     pipeline.set_threads(options.threads)
@@ -105,7 +104,7 @@ def optimize(model: str, chosen: Recipe, out: Path, options: LoadOptions, progre
     bundle, found, text_hash = pipeline.build(
         ref, chosen, device, options=options, progress=progress, watch=lambda index: _measure(steps, index, device)
     )
-    with _staging(out) as staging:
+    with atomic.new_folder(out) as staging:
         made = _Build(ref, chosen, device, options, bundle, found, staging, progress)
         checks = made.save_and_check(steps)
         document = Artifact(
@@ -122,14 +121,11 @@ def optimize(model: str, chosen: Recipe, out: Path, options: LoadOptions, progre
             seed=options.seed,
             versions=pipeline.versions(),
             bytes_before=shapes.stored_bytes(ref),
-            bytes_after=shapes.stored_bytes(pipeline.resolve(str(staging), options)),
+            bytes_after=shapes.stored_bytes(staging),
             content_hash=made.content_hash,
         )
-        save.write_text(
-            staging / artifact.FILE, json.dumps(document.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
-        )
-        save.write_text(staging / "README.md", model_card(document))
-        save.publish(staging, out)
+        (staging / artifact.FILE).write_text(dump(document), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(document), encoding="utf-8")
     return document
 
 
@@ -158,11 +154,13 @@ def ensure(spec: ArmSpec, options: LoadOptions, progress: Progress = lambda line
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache.cache_dir() / "artifacts" / f"{spec.recipe.name}-{digest}"
-    with cache.lock(folder):
-        if not artifact.is_artifact(folder):
-            stored = replace(spec.recipe, speculative=None, gates=())
-            optimize(spec.model, stored, folder, options, progress)
-    return folder
+    # The arm brings its own run-time half and gates: arms that differ only there share one artifact.
+    stored = Recipe(name=spec.recipe.name, steps=spec.recipe.steps, engine=EngineSection(dtype=spec.recipe.engine.dtype))
+
+    def build(target: Path) -> None:
+        optimize(spec.model, stored, target, options, progress)
+
+    return cache.build_once(folder, build)
 
 
 @dataclass
@@ -226,7 +224,8 @@ def probe(bundle: Bundle, ids: torch.Tensor) -> torch.Tensor:
     import torch
 
     with torch.inference_mode():
-        return bundle.model(input_ids=ids.to(bundle.device), use_cache=False).logits[0].float().cpu()
+        logits: torch.Tensor = bundle.model(input_ids=ids.to(bundle.device), use_cache=False).logits[0]
+    return logits.float().cpu()
 
 
 def compare_probe(made: torch.Tensor, reloaded: torch.Tensor, tolerance: float, by: str) -> LoadBack:
@@ -274,21 +273,6 @@ def _records(chosen: Recipe, found: list[Technique], steps: list[_Measured]) -> 
     )
 
 
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that vanishes whatever happens, unless it was published under its name."""
-    staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above `path` that exists."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-
-
 def model_card(document: Artifact) -> str:
     """README.md of an artifact: what it is, how it was made, how far its reload was checked."""
     steps = ", ".join(step.name for step in document.steps) or "dtype only"
@@ -305,9 +289,9 @@ def model_card(document: Artifact) -> str:
     if at_load:
         names = " and ".join(f"`{name}`" for name in at_load)
         lines.append(f"- **{names} has no file format**: this folder holds the weights from before it; infopt repeats it at load")
-    for check in document.load_back:
-        lines.append(
-            f"- loaded back: logits within {units.significant(check.max_abs_logit_difference)} of the model that was made, "
-            f"on {check.tokens} tokens (allowed {units.significant(check.tolerance)})"
-        )
+    lines += [
+        f"- loaded back: logits within {units.significant(check.max_abs_logit_difference)} of the model that was made, "
+        f"on {check.tokens} tokens (allowed {units.significant(check.tolerance)})"
+        for check in document.load_back
+    ]
     return "\n".join([*lines, "", "```", "infopt bench <this folder>", 'infopt generate <this folder> "Hello"', "```", ""])

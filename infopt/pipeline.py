@@ -16,8 +16,10 @@ from infopt import artifact, engines, recipe, techniques
 from infopt.arms import ArmSpec
 from infopt.data import texts
 from infopt.errors import InputError, MissingNeedError, RecipeError
+from infopt.measure import environment, nvml, peaks
 from infopt.measure.clock import WallClock
 from infopt.model import load, reference, shapes
+from infopt.model.cache import cache_dir
 from infopt.model.plan import LoadPlan
 from infopt.needs import missing_need
 from infopt.protocols import Context, Engine, Machine, Prediction, Progress, Sampling, Shapes
@@ -204,6 +206,13 @@ def engine(bundle: Bundle, chosen: Recipe) -> Engine:
         compile=section.compile,
     )
     return made
+
+
+def machine(device: str, threads: int) -> Machine:
+    """This machine's measured peaks, from the cache when it is the same machine with the same threads."""
+    gpu, _ = nvml.open_gpu(device)
+    fingerprint = environment.fingerprint(environment.gather(device, threads, gpu))
+    return peaks.cached_machine(cache_dir() / "peaks.json", fingerprint, lambda: peaks.measure_machine(device))
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import IO, Any
 
@@ -65,10 +66,8 @@ class WorkerProcess:
     def close(self) -> None:
         """Ends the process: politely, then not."""
         if self._process.stdin and not self._process.stdin.closed:
-            try:
+            with suppress(BrokenPipeError):
                 self._process.stdin.close()
-            except BrokenPipeError:
-                pass
         try:
             self._process.wait(timeout=_CLOSE_S)
         except subprocess.TimeoutExpired:

@@ -149,7 +149,7 @@ def shipped() -> dict[str, Path]:
 
 def locate(name: str, beside: Path | None = None) -> Path:
     """The file that `name` means: a path (relative to `beside` first), else a shipped recipe. Raises RecipeError."""
-    for candidate in [beside / name] * (beside is not None) + [Path(name)]:
+    for candidate in [*([beside / name] if beside else []), Path(name)]:
         if candidate.is_file():
             return candidate
     known = shipped()
@@ -286,8 +286,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         parent.pop(key, None)
     for key, value in document.items():
         inherited = parent.get(key)
-        is_section = key in SECTIONS and isinstance(value, Mapping) and isinstance(inherited, Mapping)
-        parent[key] = {**inherited, **value} if is_section else value
+        if key in SECTIONS and isinstance(value, Mapping) and isinstance(inherited, Mapping):
+            value = {**inherited, **value}
+        parent[key] = value
     return parent
 
 

@@ -6,8 +6,9 @@ end, and is named as such: its samples are safe, its figures were never computed
 
 from __future__ import annotations
 
+import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from infopt.result import Run, read_run, write_atomic
 DEFAULT_FOLDER = Path("results")
 Status = Literal["complete", "incomplete", "half-written", "unreadable"]
 _DOCUMENTS = {"run": "run.json", "comparison": "compare.json"}
+_NAME = re.compile(r"\d{8}T\d{6}Z-")
 _RERUN = "run the bench or the comparison again; `infopt results rm` removes the folder"
 
 
@@ -34,9 +36,7 @@ class Entry:
     about: str
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "folder": str(self.folder), "kind": self.kind, "status": self.status, "created_utc": self.created_utc, "about": self.about,
-        }  # fmt: skip
+        return {**asdict(self), "folder": str(self.folder)}
 
 
 def entries(folder: Path = DEFAULT_FOLDER) -> tuple[Entry, ...]:
@@ -121,8 +121,12 @@ def _kind(folder: Path) -> Literal["run", "comparison"] | None:
 
 
 def _has_samples(folder: Path) -> bool:
-    """Samples lie in a run's folder, or one level down in a comparison's."""
-    return any(next(folder.glob(pattern), None) is not None for pattern in ("samples.jsonl", "*/samples.jsonl"))
+    """Samples lie in a run's folder, or one level down in a comparison's, which bears a result's name: a folder of
+    results has samples one level down as well, and must never be taken for one.
+    """
+    if (folder / "samples.jsonl").is_file():
+        return True
+    return bool(_NAME.match(folder.resolve().name)) and next(folder.glob("*/samples.jsonl"), None) is not None
 
 
 def _cut_off(folder: Path) -> str:

@@ -152,11 +152,11 @@ class OpenArm:
     def _texts(self, batch: list[Request]) -> list[str]:
         """Decoded outside the timed call, once per prompt."""
         cache = self.__dict__.setdefault("_decoded", {})
-        return [cache.setdefault(r.prompt_ids, self.bundle.tokenizer.decode(r.prompt_ids)) for r in batch]
+        return [cache.setdefault(r.prompt_ids, str(self.bundle.tokenizer.decode(list(r.prompt_ids)))) for r in batch]
 
     def _detokenise(self, trace: Trace) -> None:
         for row in trace.output_ids:
-            self.bundle.tokenizer.decode(row)
+            self.bundle.tokenizer.decode(list(row))
 
 
 def build_workload(spec: WorkloadSpec, tokenizer: PreTrainedTokenizerBase, context: int) -> Workload:

@@ -1,1 +1,30 @@
-""""""
+"""The command line. Each command's file parses, calls its use case and turns the outcome into an exit code.
+
+Importing this costs typer and nothing heavier: commands import their use case when they run.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from infopt.cli import bench, compare, demo, doctor, generate, inspect, models, optimize, recipes, results
+from infopt.cli.shell import Shell, version
+
+app = typer.Typer(
+    cls=Shell,
+    name="infopt",
+    help="Make a language model cheaper to run, and prove it: one model, one recipe, one verdict.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.callback()(version)
+for command in (demo, optimize, bench, compare, inspect, generate, doctor):
+    app.command()(getattr(command, command.__name__.rpartition(".")[2]))
+for name, group in (("models", models), ("recipes", recipes), ("results", results)):
+    app.add_typer(group.app, name=name)
+
+
+def main() -> None:
+    """The `infopt` program."""
+    app()

@@ -43,14 +43,13 @@ def show(path: Result, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(dump(found), nl=False)
         return
-    from rich.console import Console
-
-    from infopt.report import console
+    from infopt.cli.shell import console
+    from infopt.report.console import print_comparison, print_run
 
     if isinstance(found, Run):
-        console.print_run(found, Console())
+        print_run(found, console())
     else:
-        console.print_comparison(found, Console())
+        print_comparison(found, console())
 
 
 @app.command()

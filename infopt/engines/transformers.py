@@ -71,7 +71,6 @@ class TransformersEngine:
         _synchronise(device)
         start = self._now()
         with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
             timer = stack.enter_context(_PrefillTimer(self.model, self._now))
             streamer = _Stopwatch(self._now, start, timer.stop)
             config = self._generation_config(first.max_new_tokens, first.ignore_eos)

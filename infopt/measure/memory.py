@@ -34,6 +34,24 @@ def host_peak_bytes(proc: Path = Path("/proc/self")) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def reset_peak(device: str) -> None:
+    """Starts the peak of `device`, or of this process for the CPU, anew."""
+    reset_host_peak()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: str) -> int | None:
+    """Peak since `reset_peak`: what torch allocated on a GPU, else resident memory of this process."""
+    if not device.startswith("cuda"):
+        return host_peak_bytes()
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device))
+
+
 class MemoryWatch:
     """Create it before the model is loaded: what the device held then is not counted.
 

@@ -78,7 +78,7 @@ def open_gpu(device: str, nvml: Any = None) -> tuple[Gpu | None, str]:
 def _handle(nvml: Any, index: int) -> Any:
     """NVML numbers all GPUs of the machine; torch only the visible ones, and in an order of its own."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is not None and torch.cuda.is_available() and index < torch.cuda.device_count():
         uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
         handle = uuid and _try(nvml, nvml.nvmlDeviceGetHandleByUUID, f"GPU-{uuid}")
         if handle is not None:

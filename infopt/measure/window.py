@@ -96,10 +96,15 @@ def measure_block(
         aside += clock.now() - pause + (sample.detokenize_s or 0.0)
     clock.synchronise()
     wall_s = clock.now() - start - aside
+    return _close(instruments, place, wall_s, flags), samples
+
+
+def _close(instruments: Instruments, place: Place, wall_s: float, flags: Sequence[str]) -> Block:
+    """Reads every instrument at the window's end."""
     energy = instruments.energy.end()
     other = instruments.contention.end()
     throttles = instruments.gpu.throttles() if instruments.gpu else ()
-    block = Block(
+    return Block(
         arm=place.arm,
         index=place.index,
         round=place.round,
@@ -110,7 +115,6 @@ def measure_block(
         energy_j=energy.joules,
         idle_power_w=instruments.idle_power_w,
     )
-    return block, samples
 
 
 def _wait(clock: Clock, start: float, batch: Batch) -> None:

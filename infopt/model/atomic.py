@@ -26,23 +26,41 @@ def new_folder(target: Path, needed_bytes: int | None = None) -> Iterator[Path]:
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            sweep(target)
         if needed_bytes is not None and free_bytes(target) < needed_bytes:
             raise _full(target, needed_bytes)
-        temporary.mkdir()
-        yield temporary
-        _flush(temporary)
-        temporary.replace(target)
-        _sync(target.parent)
-    except BaseException as error:
+        with writing(target, needed_bytes):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            publish(temporary, target)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Renames `folder` to `target` once all of it is on the disk. `target` must not exist, or be an empty folder."""
+    with writing(target):
+        _flush(folder)
+        folder.replace(target)
+        _sync(target.parent)
+
+
+@contextmanager
+def writing(target: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turns a failure to write into DiskFullError where the disk is full, else InfoptError."""
+    try:
+        yield
+    except Exception as error:
         code = _error_number(error)
+        if code is None:
+            raise
         if code in _FULL:
             raise _full(target, needed_bytes) from error
-        if code is not None:
-            raise InfoptError(f"{target}: cannot be written: {os.strerror(code)}", hint="choose another folder") from error
-        raise
+        raise InfoptError(f"{target}: cannot be written: {os.strerror(code)}", hint="choose another folder") from error
 
 
 def free_bytes(path: Path) -> int:
@@ -68,11 +86,14 @@ def _error_number(error: BaseException) -> int | None:
     return int(found[1]) if found else None
 
 
-def _sweep(target: Path) -> None:
-    """Removes what writers that no longer run left beside `target`."""
-    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+def sweep(target: Path) -> None:
+    """Removes the unfinished folders (`.tmp`, `.partial`) that writers of `target` left when they were killed."""
+    name = glob.escape(target.name)
+    for stale in [*target.parent.glob(f".{name}.*"), *target.parent.glob(f"..{name}.*")]:
         number = stale.name.split(".")[-2]
-        if not number.isdigit() or int(number) == os.getpid() or not _runs(int(number)):
+        if stale.suffix not in (".tmp", ".partial"):
+            continue
+        if number.isdigit() and not _runs(int(number)):
             shutil.rmtree(stale, ignore_errors=True)
 
 

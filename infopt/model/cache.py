@@ -31,7 +31,7 @@ def build_once(folder: Path, builder: Callable[[Path], None], needed_bytes: int 
     """
     if folder.is_dir():
         return folder
-    with _locked(folder):
+    with lock(folder):
         if not folder.is_dir():
             with new_folder(folder, needed_bytes) as temporary:
                 builder(temporary)
@@ -63,7 +63,8 @@ def file_hash(path: Path) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
+    """Held by one process at a time, for making `folder`; the others wait. Raises InfoptError."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         stream = folder.with_name(f".{folder.name}.lock").open("w")

@@ -33,9 +33,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(
-            f"{folder}: no config.json, so this is not a model folder", hint="give a folder that has one"
-        ) from None
+        raise InputError(f"{folder}: no config.json, so this is not a model folder", hint="give a folder that has one") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}", hint=_AGAIN) from None
     if not isinstance(config, dict):

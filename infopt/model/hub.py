@@ -37,27 +37,19 @@ def snapshot(
             local_files_only=local_only,
         )
     except errors.GatedRepoError:
-        raise InputError(
-            f"{name}: a gated model",
-            hint=f"accept its terms on its hub page, then `hf auth login`, then `infopt models fetch {name}`",
-        ) from None
+        hint = f"accept its terms on its hub page, then `hf auth login`, then `infopt models fetch {name}`"
+        raise InputError(f"{name}: a gated model", hint=hint) from None
     except errors.RevisionNotFoundError:
         raise InputError(f"{name}: no revision {revision!r}", hint="give a branch, tag or commit of that model") from None
     except errors.RepositoryNotFoundError:
-        raise InputError(
-            f"{name}: neither a folder here nor a model on the hub", hint="check the name; a private model needs `hf auth login`"
-        ) from None
+        hint = "check the name; a private model needs `hf auth login`"
+        raise InputError(f"{name}: neither a folder here nor a model on the hub", hint=hint) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        raise InputError(
-            f"{name}: neither a folder here nor in the hub's cache, and the hub cannot be reached", hint=_OFFLINE_HINT
-        ) from None
+        message = f"{name}: neither a folder here nor in the hub's cache, and the hub cannot be reached"
+        raise InputError(message, hint=_OFFLINE_HINT) from None
     except errors.HFValidationError as error:
-        raise InputError(
-            f"{name}: not a hub id: {error}", hint="give `owner/name`, a folder, a .gguf file, `demo` or `tiny`"
-        ) from None
+        raise InputError(f"{name}: not a hub id: {error}", hint="owner/name, as on the model's hub page") from None
     except Exception as error:  # the hub's HTTP client, whose exceptions differ between versions
-        reason = str(error).strip().splitlines()
-        raise InfoptError(
-            f"{name}: download failed: {reason[0] if reason else type(error).__name__}", hint=_OFFLINE_HINT
-        ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InfoptError(f"{name}: download failed: {reason}", hint=_OFFLINE_HINT) from error
     return Path(folder)

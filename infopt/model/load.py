@@ -23,6 +23,7 @@ from infopt.protocols import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -88,6 +89,7 @@ def _from_pretrained(folder: Path, plan: LoadPlan, **named: Any) -> PreTrainedMo
     import torch
     from transformers import AutoModelForCausalLM
 
+    auto: Any = AutoModelForCausalLM
     dtype = plan.dtype if plan.dtype == "auto" else getattr(torch, plan.dtype)
     # Without a quantizer transformers places a CPU model by itself, and a device map would make saving it think of offloading.
     placed = plan.device != "cpu" or plan.quantization_config is not None
@@ -97,7 +99,7 @@ def _from_pretrained(folder: Path, plan: LoadPlan, **named: Any) -> PreTrainedMo
         "quantization_config": plan.quantization_config,
         "device_map": {"": plan.device} if placed else None,
     }
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = auto.from_pretrained(
         folder, output_loading_info=True, **{k: v for k, v in options.items() if v is not None}, **plan.model_kwargs, **named
     )
     _check_complete(info, folder)
@@ -168,15 +170,13 @@ def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     stored = set(checkpoint.read_header(adapter / "adapter_model.safetensors"))
     if expected != stored:
         odd = sorted(expected ^ stored)
-        raise InputError(
-            f"{adapter}: {len(odd)} adapter weights do not fit this model: {odd[0]}",
-            hint="give the model that the adapter was trained on",
-        )
+        message = f"{adapter}: {len(odd)} adapter weights do not fit this model: {odd[0]}"
+        raise InputError(message, hint="give the model that the adapter was trained on")
     merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     return merged
 
 
-def _finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _finish(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     model.eval()
     model.requires_grad_(False)
     tokenizer.padding_side = "left"
@@ -200,19 +200,8 @@ def _one_line(where: str) -> Iterator[None]:
         raise MissingNeedError(f"{where}: {_first_line(error)}", hint="infopt doctor") from error
     except torch.OutOfMemoryError as error:
         raise InfoptError(f"{where}: out of device memory while loading", hint="a smaller dtype, or --device cpu") from error
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        AttributeError,
-        NotImplementedError,
-        SafetensorError,
-    ) as error:
-        raise InputError(
-            f"{where}: cannot be loaded: {_first_line(error)}", hint="infopt models show REF says what it is"
-        ) from error
+    except (*_FAILURES, SafetensorError) as error:
+        raise InputError(f"{where}: cannot be loaded: {_first_line(error)}", hint="infopt models show says what it is") from error
 
 
 def _first_line(error: BaseException) -> str:

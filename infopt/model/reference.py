@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ class ModelReference:
 
 def parse(text: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelReference:
     """The reference that `text` means. Nothing is downloaded; folders and files are checked by their headers.
+    `revision` goes with hub ids and is dropped for anything else.
 
     Raises InputError naming what was found and what is allowed.
     """
@@ -53,7 +54,7 @@ def parse(text: str, *, revision: str | None = None, trust_remote_code: bool = F
         base, _, adapter = text.rpartition("+")
         found = _parse_base(base, text, revision, trust_remote_code)
         _check_adapter(adapter)
-        return ModelReference(text, found.kind, found.name, found.path, revision, trust_remote_code, adapter)
+        return replace(found, adapter=adapter)
     return _parse_base(text, text, revision, trust_remote_code)
 
 
@@ -70,8 +71,6 @@ def _parse_base(base: str, text: str, revision: str | None, trust: bool) -> Mode
     else:
         _check_hub_id(base)
         return ModelReference(text, "hub", base, None, revision, trust)
-    if revision is not None:
-        raise InputError(f"{base}: --revision {revision!r} is for hub ids only", hint="leave --revision out")
     return found
 
 
@@ -106,7 +105,7 @@ def _refuse_other_folder(folder: Path) -> None:
     """Says what a folder without config.json is, where that can be told. Raises InputError, or returns."""
     if (folder / "run.json").is_file() or (folder / "samples.jsonl").is_file():
         raise InputError(
-            f"{folder}: a results folder, not a model", hint="infopt compare takes results; give the model that was measured"
+            f"{folder}: a results folder, not a model", hint="give the model that was measured; infopt compare takes results"
         )
     if (folder / "adapter_config.json").is_file():
         base = _read_adapter_config(folder).get("base_model_name_or_path")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infopt.errors import InputError
-from infopt.model import checkpoint
-from infopt.model.atomic import new_folder
+from infopt.model import atomic, checkpoint
 from infopt.model.bundle import Bundle
 from infopt.model.quiet import quiet
 from infopt.model.reference import content_hash
@@ -30,34 +29,42 @@ class Saved:
     content_hash: str
 
 
-ExtraFiles = Mapping[str, str] | Callable[[Saved], Mapping[str, str]]
-
-
-def save(bundle: Bundle, folder: Path, extra_files: ExtraFiles | None = None) -> Saved:
-    """Writes model, tokenizer and `extra_files` (name → text, or a function of what was saved, which then does not
-    count them) into `folder`, which must not exist or be empty.
+def save(bundle: Bundle, folder: Path, extra_files: Mapping[str, str] | None = None) -> Saved:
+    """Writes model, tokenizer and `extra_files` (name → text) into `folder`, which must not exist or be empty.
 
     Raises InputError for a folder in use or a model without a file format, DiskFullError.
     """
-    check_target(folder)
-    tensors = _tensors(bundle)
-    with new_folder(folder, _bytes(tensors) + _OTHER_FILES_BYTES) as temporary:
+    require_free_target(folder)
+    _require_format(bundle)
+    quantizer = getattr(bundle.model, "hf_quantizer", None)
+    tensors = None if quantizer is not None else _tensors(bundle)  # a quantizer writes its own
+    with atomic.new_folder(folder, _bytes(bundle, tensors) + _OTHER_FILES_BYTES) as temporary:
         _write_model(bundle, tensors, temporary)
         bundle.tokenizer.save_pretrained(temporary)
-        saved = Saved(checkpoint.tensor_bytes(temporary), _folder_bytes(temporary), content_hash(temporary))
-        texts = extra_files(saved) if callable(extra_files) else extra_files or {}
-        for name, text in texts.items():
+        for name, text in (extra_files or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
-        saved = Saved(saved.weights_bytes, _folder_bytes(temporary), saved.content_hash)
-    return saved
+        return Saved(checkpoint.tensor_bytes(temporary), _folder_bytes(temporary), content_hash(temporary))
 
 
-def check_target(folder: Path) -> None:
+def require_free_target(folder: Path) -> None:
     """Raises InputError unless `folder` may be written: it does not exist, or is empty."""
+    atomic.sweep(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder}: exists and is not empty", hint="choose a new folder, or remove this one")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: exists and is a file", hint="choose a new folder")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes one more file into a folder that is not published yet. Raises DiskFullError."""
+    with atomic.writing(path, len(text.encode())):
+        path.write_text(text, encoding="utf-8")
+
+
+def publish(staging: Path, folder: Path) -> None:
+    """Gives a finished folder its name. Raises InputError when that was taken meanwhile, DiskFullError."""
+    require_free_target(folder)
+    atomic.publish(staging, folder)
 
 
 def _tensors(bundle: Bundle) -> dict[str, torch.Tensor]:
@@ -71,18 +78,32 @@ def _tensors(bundle: Bundle) -> dict[str, torch.Tensor]:
     return state
 
 
-def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+def _require_format(bundle: Bundle) -> None:
+    """Raises InputError where the weights cannot be stored as they are."""
+    quantizer = getattr(bundle.model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_serializable():
+        raise InputError(f"{bundle.description}: this quantization has no file format", hint="save the model before this step")
+    # bitsandbytes repacks 4-bit weights at the first run on a CPU with bf16 instructions, rounds their scales, and its
+    # way back stores those transposed: the saved model would be another one.
+    states = (getattr(getattr(module, "weight", None), "quant_state", None) for module in bundle.model.modules())
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        raise InputError(
+            f"{bundle.description}: its 4-bit weights were repacked when it first ran on this CPU, which cannot be undone exactly",
+            hint="load it again and save it before running it",
+        )
+
+
+def _bytes(bundle: Bundle, tensors: Mapping[str, torch.Tensor] | None) -> int:
+    if tensors is None:
+        return bundle.resident_bytes()
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
     return sum(storages.values())
 
 
-def _write_model(bundle: Bundle, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def _write_model(bundle: Bundle, tensors: Mapping[str, torch.Tensor] | None, folder: Path) -> None:
     model: Any = bundle.model
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_serializable():
-        raise InputError(f"{bundle.description}: this quantization has no file format", hint="save the model before this step")
     with quiet():
-        model.save_pretrained(folder, **({"state_dict": tensors} if quantizer is None else {}))
+        model.save_pretrained(folder, **({} if tensors is None else {"state_dict": tensors}))
     if bundle.save_config is not None:
         path = folder / "config.json"
         config = checkpoint.read_config(folder)

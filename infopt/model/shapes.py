@@ -15,6 +15,7 @@ from infopt.protocols import Shapes
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_HINT = "allowed: decoder-only text models this transformers knows; a model's own code runs only with --trust-remote-code"
 _NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
@@ -30,7 +31,7 @@ def shapes(reference: ModelReference) -> Shapes:
     if lacking:
         raise InputError(
             f"{reference.text}: model type {config.model_type!r} has no {lacking[0]}, which infopt is not tested with",
-            hint="allowed: decoder-only text models with attention",
+            hint=_HINT,
         )
     model = _on_meta(config, reference)
     return _measure(model, text)
@@ -40,18 +41,17 @@ def read_config(reference: ModelReference) -> PreTrainedConfig:
     """The config as transformers reads it, without its `quantization_config`. Raises InputError."""
     from transformers import AutoConfig
 
+    auto: Any = AutoConfig
     path = config_path(reference)
     try:
         with quiet():
             if path.is_file():
                 with gguf_file.shared_reader(path):
-                    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+                    config: PreTrainedConfig = auto.from_pretrained(path.parent, gguf_file=path.name)
             else:
-                config = AutoConfig.from_pretrained(path, trust_remote_code=reference.trust_remote_code)
+                config = auto.from_pretrained(path, trust_remote_code=reference.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"{reference.text}: transformers cannot read its config: {_first_line(error)}", hint=_hint(reference)
-        ) from None
+        raise InputError(f"{reference.text}: its config does not read: {_first_line(error)}", hint=_HINT) from None
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     return config
@@ -61,19 +61,14 @@ def _on_meta(config: PreTrainedConfig, reference: ModelReference) -> PreTrainedM
     import torch
     from transformers import AutoModelForCausalLM
 
+    auto: Any = AutoModelForCausalLM
     try:
         with quiet(), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=reference.trust_remote_code)
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=reference.trust_remote_code)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(
-            f"{reference.text}: model type {config.model_type!r} does not open as a causal language model: {_first_line(error)}",
-            hint=_hint(reference),
-        ) from None
+        message = f"{reference.text}: {config.model_type!r} does not open as a causal language model: {_first_line(error)}"
+        raise InputError(message, hint=_HINT) from None
     return model
-
-
-def _hint(reference: ModelReference) -> str:
-    return "allowed: decoder-only text models that this transformers knows; code from a model's folder runs only with --trust-remote-code"
 
 
 def _first_line(error: BaseException) -> str:
@@ -81,7 +76,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _measure(model: PreTrainedModel, text: Any) -> Shapes:
+def _measure(model: Any, text: Any) -> Shapes:
     from torch import nn
 
     head = model.get_output_embeddings()

@@ -89,10 +89,13 @@ def make(kind: str = "tiny", seed: int = 0) -> tuple[PreTrainedModel, PreTrained
     config = AutoConfig.for_model(model_type, **{**_SHARED, **own}, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     with torch.random.fork_rng(), quiet(), torch.no_grad():
         torch.manual_seed(seed)
-        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+        model: Any = auto.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):  # zero by default, and a bias that is lost would go unseen
                 parameter.normal_(0, 0.1)
+        if config.tie_word_embeddings:  # else every token's likeliest successor is itself
+            model.get_input_embeddings().weight.mul_(0.1)
+            model.model.norm.weight.fill_(10)
     model.eval()
     model.requires_grad_(False)
     return model, tokenizer()

@@ -90,12 +90,12 @@ def _example(link: str, comparison: Comparison) -> str:
 
 
 def _verdict(comparison: Comparison, arm: ArmResult) -> str:
+    if arm.error:
+        return arm.error
     if arm.label == comparison.baseline:
         return "baseline"
     judged = summary.gated(comparison, arm.label)
     verdict = worst(each.verdict for each in judged)
-    if arm.error and verdict is None:
-        return arm.error
     if verdict in (None, Verdict.PASS, Verdict.IMPROVED):
         return f"**{word(verdict)}**" if verdict else units.ABSENT
     return f"**{word(verdict)}** ({', '.join(dict.fromkeys(each.figure for each in judged if each.verdict is verdict))})"

@@ -45,7 +45,7 @@ def headline(comparison: Comparison) -> str:
     verdict = overall(comparison)
     if not comparison.is_complete:
         return "INCOMPLETE"
-    if any(arm.error for arm in comparison.arms) and verdict in (None, Verdict.PASS, Verdict.IMPROVED):
+    if any(arm.error for arm in comparison.arms) and verdict is not Verdict.FAIL:
         return "ERROR"
     return "NO GATES" if verdict is None else word(verdict)
 
@@ -63,15 +63,17 @@ def verdict_lines(comparison: Comparison) -> tuple[Line, ...]:
         lines.append(Line(None, f"This comparison is incomplete: {comparison.incomplete_reason or 'no reason recorded'}."))
     by_verdict: dict[Verdict, list[str]] = {verdict: [] for verdict in SEVERITY}
     for arm in comparison.candidates:
-        judgements = comparison.judgements.get(arm.label, ())
+        judgements = () if arm.error else comparison.judgements.get(arm.label, ())
         if any(each.verdict is Verdict.NOT_COMPARABLE for each in judgements):
             by_verdict[Verdict.NOT_COMPARABLE].append(f"{arm.label} ({_reason(judgements)})")
             continue
-        verdict = worst(each.verdict for each in gated(comparison, arm.label))
+        decided = [each for each in judgements if each.gate is not None]
+        verdict = worst(each.verdict for each in decided)
         if verdict is not None:
-            by_verdict[verdict].append(_arm_text(arm, gated(comparison, arm.label), verdict))
+            by_verdict[verdict].append(_arm_text(arm, decided, verdict))
     lines += [Line(verdict, ", ".join(texts)) for verdict, texts in by_verdict.items() if texts]
-    if not any(by_verdict.values()):
+    has_gates = any(gated(comparison, arm.label) for arm in comparison.candidates)
+    if comparison.is_complete and not has_gates and not any(by_verdict.values()):
         lines.append(Line(None, "No gates were declared: the figures inform, nothing decides."))
     lines += [Line(None, f"{arm.label} has no result: {arm.error}") for arm in comparison.arms if arm.error]
     return tuple(lines)
@@ -91,10 +93,10 @@ def _reason(judgements: Sequence[Judgement]) -> str:
 def notes(comparison: Comparison) -> tuple[str, ...]:
     """What the judgements say about themselves, once each, with the arms it holds for."""
     found: dict[tuple[str, str], list[str]] = {}
-    for label, judgements in comparison.judgements.items():
-        for each in judgements:
+    for arm in comparison.candidates:
+        for each in () if arm.error else comparison.judgements.get(arm.label, ()):
             if each.note and each.verdict is not Verdict.NOT_COMPARABLE:
-                found.setdefault((each.figure, each.note), []).append(label)
+                found.setdefault((each.figure, each.note), []).append(arm.label)
     return tuple(f"{figure} ({', '.join(dict.fromkeys(labels))}): {note}" for (figure, note), labels in found.items())
 
 

@@ -190,9 +190,9 @@ def _gate(comparison: Comparison, key: str) -> Column:
     cells: list[str] = []
     for arm in comparison.arms:
         judged = [each for each in comparison.judgements.get(arm.label, ()) if each.figure == key and each.gate is not None]
-        verdict = worst(each.verdict for each in judged)
+        verdict = None if arm.error else worst(each.verdict for each in judged)
         verdicts.append(verdict)
-        cells.append("baseline" if arm.label == comparison.baseline else "ERROR" if arm.error and not judged else word(verdict))
+        cells.append("ERROR" if arm.error else "baseline" if arm.label == comparison.baseline else word(verdict))
     return Column(key, key, "verdict", tuple(cells), tuple(verdicts))
 
 

@@ -17,6 +17,12 @@ from infopt.measure.energy import (
 from infopt.measure.nvml import Gpu, open_gpu
 
 
+@pytest.fixture(autouse=True)
+def _no_real_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a GPU, torch would be asked which of NVML's devices is meant."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
 class FakeNvml:
     """The calls of pynvml that infopt makes; what is None is not supported by this device."""
 

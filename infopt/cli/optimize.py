@@ -1,0 +1,83 @@
+"""`infopt optimize MODEL -r RECIPE -o DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from infopt.cli.shell import AsJson, Device, DType, Quiet, Recipe, Revision, Seed, Set, Threads, Trust, Verbose, reporting
+
+
+def optimize(
+    model: Annotated[str, typer.Argument(help="demo, tiny, a hub id, a folder or a .gguf file; +ADAPTER merges a LoRA.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The artifact's folder; must not exist yet.")] = None,
+    recipe: Recipe = None,
+    overrides: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict memory, disk and seconds per step; touch nothing.")] = False,
+    device: Device = "auto",
+    dtype: DType = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    trust: Trust = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Apply a recipe's weight steps, save the model, load it back and check it."""
+    from infopt import arms
+    from infopt.errors import InputError
+    from infopt.settings import LoadOptions
+
+    if recipe is None:
+        raise InputError("optimize needs a recipe", hint="infopt recipes list, then -r NAME")
+    spec = arms.spec(model, recipe, overrides or (), dtype)
+    target = out or Path(f"{arms.file_name(model)}-{spec.recipe.name}")
+    options = LoadOptions(device, dtype, threads, seed, revision, trust)
+    from infopt import optimize as use_case
+
+    if dry_run:
+        _print_forecast(use_case.forecast(model, spec.recipe, target, options), as_json)
+        return
+    with reporting(quiet, verbose) as progress:
+        made = use_case.optimize(model, spec.recipe, target, options, progress)
+    if as_json:
+        typer.echo(made.model_dump_json(indent=2))
+        return
+    from infopt import units
+
+    for step in made.steps:
+        where = ", repeated at load" if step.is_at_load else ""
+        typer.echo(f"{step.name}: {units.duration(step.seconds)}, peak {units.size(step.peak_bytes)}{where}")
+    check = made.load_back[-1]
+    typer.echo(f"stored weights: {units.size(made.bytes_before)} → {units.size(made.bytes_after)}")
+    typer.echo(f"loaded back: logits within {units.significant(check.max_abs_logit_difference)} on {check.tokens} tokens")
+    typer.echo(f"artifact: {target}")
+
+
+def _print_forecast(found: object, as_json: bool) -> None:
+    import json
+    from dataclasses import asdict
+
+    from infopt import units
+    from infopt.optimize import Forecast
+
+    assert isinstance(found, Forecast)
+    if as_json:
+        typer.echo(
+            json.dumps({"schema_version": 1, **asdict(found), "peak_bytes": found.peak_bytes, "seconds": found.seconds}, indent=2)
+        )
+        return
+    typer.echo(f"{found.reference}, recipe {found.recipe}: a forecast from shapes and this machine's measured peaks")
+    for name, step in found.steps:
+        typer.echo(
+            f"  {name:<12} {units.duration(step.seconds):>10}   peak memory {units.size(step.peak_bytes):>9}   "
+            f"weights {units.size(step.weights_bytes):>9}"
+        )
+    room = "fits" if found.peak_bytes < found.free_memory_bytes else "DOES NOT FIT"
+    typer.echo(f"peak memory {units.size(found.peak_bytes)} of {units.size(found.free_memory_bytes)} free: {room}")
+    room = "fits" if found.disk_bytes < found.free_disk_bytes else "DOES NOT FIT"
+    typer.echo(f"disk {units.size(found.disk_bytes)} of {units.size(found.free_disk_bytes)} free: {room}")
+    typer.echo(f"time about {units.duration(found.seconds)}")

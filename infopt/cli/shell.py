@@ -1,0 +1,102 @@
+"""What every command shares: how errors end it, how progress shows, the options that mean the same everywhere."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from infopt.errors import Exit, InfoptError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from infopt.protocols import Progress
+
+
+class Shell(TyperGroup):
+    """The root group: deliberate errors become one line, a hint and an exit code, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InfoptError as error:
+            fail(str(error), error.hint)
+            raise typer.Exit(int(error.exit_code)) from None
+        except KeyboardInterrupt as error:
+            terminated = type(error).__name__ == "Terminated"
+            fail("terminated" if terminated else "interrupted", "what was measured so far is in the results folder")
+            raise typer.Exit(int(Exit.TERMINATED if terminated else Exit.INTERRUPTED)) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader left, as `| head` does
+            raise typer.Exit(int(Exit.FAILED)) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+                raise
+            fail(f"{error.filename or 'writing'}: {error.strerror}", "free some space, or choose another folder")
+            raise typer.Exit(int(Exit.FAILED)) from None
+
+
+def fail(message: str, hint: str | None = None) -> None:
+    typer.echo(f"error: {message}", err=True)
+    if hint:
+        typer.echo(f"hint: {hint}", err=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from infopt import __version__
+
+        typer.echo(f"infopt {__version__}")
+        raise typer.Exit
+
+
+def version(
+    show: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@contextmanager
+def reporting(quiet: bool, verbose: bool) -> Iterator[Progress]:
+    """Progress on stderr: one moving line on a terminal, a line each with -v, nothing with -q or in a pipe."""
+    if quiet:
+        yield lambda line: None
+        return
+    if verbose or not sys.stderr.isatty():
+        yield (lambda line: typer.echo(line, err=True)) if verbose else (lambda line: None)
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        yield lambda line: status.update(line.replace("[", r"\["))
+
+
+def console() -> Console:
+    """Where tables go: stdout. Honours NO_COLOR; CI and pipes get plain text 120 columns wide."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=int(os.environ.get("COLUMNS", "120")))
+
+
+Recipe = Annotated[str | None, typer.Option("--recipe", "-r", help="A recipe file, or a shipped recipe's name.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override one key: steps.0.nf4.double_quant=true")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DType = Annotated[str | None, typer.Option(help="Override engine.dtype: float32, bfloat16, float16 or auto.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; part of the machine's fingerprint.")]
+Seed = Annotated[int, typer.Option(help="Seed of prompts, order and calibration.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model's authors ship.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line per step of progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Exactly one JSON document on stdout.")]
+Results = Annotated[Path, typer.Option("--results", help="Folder that results are written to.")]

@@ -1,0 +1,51 @@
+"""`infopt generate`: one prompt, one or two models."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from infopt import optimize, pipeline
+from infopt.arms import ArmSpec
+from infopt.data.prompts import Prompt
+from infopt.errors import InputError
+from infopt.protocols import Progress
+from infopt.quality.behaviour import first_divergence, run_prompts
+from infopt.settings import LoadOptions
+
+
+@dataclass(frozen=True)
+class Generated:
+    label: str
+    description: str
+    text: str
+    output_ids: tuple[int, ...]
+
+
+def generate(
+    spec: ArmSpec, prompt: str, options: LoadOptions, *, tokens: int, is_raw: bool, progress: Progress = lambda line: None
+) -> Generated:
+    """The answer of one arm; its weight steps come from the artifact cache. Raises InputError."""
+    if not prompt.strip():
+        raise InputError("the prompt is empty", hint='infopt generate demo "Name the capital of France."')
+    device = pipeline.device_name(options.device)
+    pipeline.set_threads(options.threads)
+    folder = optimize.ensure(spec, options, progress)
+    ready = spec if folder is None else replace(spec, model=str(Path(folder)), is_artifact=True)
+    bundle = pipeline.open_arm(ready, device, options, progress)
+    progress(f"{spec.label}: generating")
+    row = Prompt(id="prompt", text=prompt, is_raw=is_raw, max_tokens=tokens)
+    (answer,) = run_prompts(pipeline.engine(bundle, spec.recipe), [row], bundle.tokenizer)
+    found = Generated(spec.label, bundle.description, answer.text, answer.output_ids)
+    del bundle
+    gc.collect()
+    return found
+
+
+def difference(first: Generated, second: Generated) -> str:
+    """Where two answers part."""
+    position = first_divergence(first.output_ids, second.output_ids)
+    if position is None:
+        return f"the same {len(first.output_ids)} tokens"
+    return f"the same for {position} tokens, then different"
