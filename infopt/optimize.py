@@ -96,7 +96,7 @@ def optimize(model: str, chosen: Recipe, out: Path, options: LoadOptions, progre
         raise InputError(
             f"{model} is already optimized; optimize starts from a reference model", hint=f"infopt optimize {source} …"
         )
-    save.check_target(out)
+    save.require_free_target(out)
     ref = pipeline.resolve(model, options)
     device = pipeline.device_name(options.device)
     pipeline.set_threads(options.threads)

@@ -88,7 +88,7 @@ def _require_format(bundle: Bundle) -> None:
     states = (getattr(getattr(module, "weight", None), "quant_state", None) for module in bundle.model.modules())
     if any(getattr(state, "packing_format_for_cpu", False) for state in states):
         raise InputError(
-            f"{bundle.description}: its 4-bit weights were repacked when it first ran on this CPU, which cannot be undone exactly",
+            f"{bundle.description}: its 4-bit weights were repacked when it first ran on this CPU, which cannot be undone",
             hint="load it again and save it before running it",
         )
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infopt.errors import InputError
+from infopt.errors import InfoptError, InputError
 from infopt.model import checkpoint, gguf_file, hub
 from infopt.model.quiet import quiet
 from infopt.model.reference import ModelReference, config_path, local_path
@@ -50,7 +49,9 @@ def read_config(reference: ModelReference) -> PreTrainedConfig:
                     config: PreTrainedConfig = auto.from_pretrained(path.parent, gguf_file=path.name)
             else:
                 config = auto.from_pretrained(path, trust_remote_code=reference.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except InfoptError:
+        raise
+    except Exception as error:  # OSError, ValueError, huggingface_hub's own for a field of the wrong type, …
         raise InputError(f"{reference.text}: its config does not read: {_first_line(error)}", hint=_HINT) from None
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -65,7 +66,7 @@ def _on_meta(config: PreTrainedConfig, reference: ModelReference) -> PreTrainedM
     try:
         with quiet(), torch.device("meta"):
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=reference.trust_remote_code)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever the model's own code makes of sizes that do not go together
         message = f"{reference.text}: {config.model_type!r} does not open as a causal language model: {_first_line(error)}"
         raise InputError(message, hint=_HINT) from None
     return model
