@@ -9,7 +9,7 @@ from pathlib import Path
 
 from infopt import artifact
 from infopt.errors import InputError, unknown
-from infopt.model import cache, checkpoint, demo, gguf_file, load, reference, shapes
+from infopt.model import cache, checkpoint, demo, gguf_file, load, reference
 from infopt.model.reference import ModelReference
 from infopt.protocols import Progress
 
@@ -94,18 +94,25 @@ def show(text: str, *, revision: str | None = None, trust_remote_code: bool = Fa
     """What `text` refers to, with its hash. A hub model is downloaded first. Raises InputError."""
     found = reference.parse(text, revision=revision, trust_remote_code=trust_remote_code)
     path = reference.local_path(found)
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    if path.is_file():
+        reader = gguf_file.open_reader(path)
+        files, weights_bytes, description = [path], gguf_file.tensor_bytes(reader), gguf_file.describe(path, reader)
+        architecture, licence = (gguf_file.value(reader, f"general.{name}") for name in ("architecture", "license"))
+    else:
+        files = sorted(p for p in path.iterdir() if p.is_file())
+        weights_bytes, description = checkpoint.tensor_bytes(path), load.describe(found)
+        architecture, licence = _architecture(path), demo.LICENCE if found.kind == "demo" else _stated_licence(path)
     return Shown(
         reference=text,
         kind=found.kind,
-        description=load.describe(found),
+        description=description,
         path=path,
-        architecture=_architecture(path),
+        architecture=architecture,
         files={file.name: file.stat().st_size for file in files},
-        weights_bytes=shapes.stored_bytes(path),
+        weights_bytes=weights_bytes,
         fingerprint=reference.fingerprint(found),
         source=_source(found, path),
-        licence=_licence(found, path),
+        licence=licence,
     )
 
 
@@ -124,10 +131,8 @@ def remove(name: str) -> tuple[Cached, ...]:
     return chosen
 
 
-def _architecture(path: Path) -> str:
-    if path.is_file():
-        return str(gguf_file.value(gguf_file.open_reader(path), "general.architecture"))
-    config = checkpoint.read_config(path)
+def _architecture(folder: Path) -> str:
+    config = checkpoint.read_config(folder)
     return ", ".join(config.get("architectures") or []) or str(config.get("model_type"))
 
 
@@ -144,13 +149,9 @@ def _source(found: ModelReference, path: Path) -> str:
     return "this disk"
 
 
-def _licence(found: ModelReference, path: Path) -> str | None:
-    if found.kind == "demo":
-        return demo.LICENCE
-    if path.is_file():
-        stated = gguf_file.value(gguf_file.open_reader(path), "general.license")
-        return None if stated is None else str(stated)
-    card = path / "README.md"
+def _stated_licence(folder: Path) -> str | None:
+    """`license:` in the front matter of the model card."""
+    card = folder / "README.md"
     stated = _LICENCE.search(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
     return stated[1] if stated else None
 

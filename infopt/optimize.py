@@ -184,10 +184,11 @@ class _Build:
         first = pipeline.first_at_load(self.recipe, self.techniques)
         tolerance = max((t.reload_tolerance for t in self.techniques), default=0.0)
         self.description = self.bundle.description
-        ids = probe_ids(self.bundle)
-        stored = probe(self.bundle, ids)
         self.progress("saving")
         self.content_hash = save.save(self.bundle, self.staging, {"recipe.yaml": self.recipe.as_yaml()}).content_hash
+        # Only now: some libraries repack their weights for this machine when they first run.
+        ids = probe_ids(self.bundle)
+        stored = probe(self.bundle, ids)
         at_load = None
         if first < len(self.techniques):
             context = Context(seed=self.options.seed, device=self.device, progress=self.progress)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +55,7 @@ def tiny_bundle() -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama, saved; read only."""
     from infopt.model import save, tiny
     from infopt.model.bundle import Bundle
@@ -64,4 +63,4 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     model, tokenizer = tiny.make()
     save.save(Bundle(model, tokenizer, "tiny"), folder)
-    yield folder
+    return folder

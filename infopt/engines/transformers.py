@@ -44,7 +44,7 @@ class TransformersEngine:
         cache: Literal["dynamic", "static"] = "dynamic",
         prefix: bool = False,
         prompt_lookup: int | None = None,
-        compile: Literal["off", "auto"] = "off",
+        compile: Literal["never", "auto"] = "never",
         now: Now = time.perf_counter,
     ) -> None:
         self.model: Any = model  # `generate` comes from a mixin that its type does not show
@@ -90,7 +90,7 @@ class TransformersEngine:
         if self._prefix and cache is not None:
             self._prefix.keep(cache, output[0].tolist())
             self.prefix_tokens_reused += reused
-        if self._compile == "off":
+        if self._compile == "never":
             # Left alone, one long call would make the static cache of every later short call as long.
             self.model.__dict__.pop("_previous_max_cache_length", None)
         rows = output[:, ids.shape[1] :].tolist()
@@ -130,7 +130,7 @@ class TransformersEngine:
             "pad_token_id": self._pad,
             "bos_token_id": self.model.generation_config.bos_token_id,
             "eos_token_id": None if ignore_eos else list(self._eos) or None,
-            "disable_compile": self._compile == "off",
+            "disable_compile": self._compile == "never",
             "num_return_sequences": self.sampling.candidates,
         }
         if self._cache_kind == "static":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from infopt.model.plan import LoadPlan
@@ -34,8 +36,25 @@ class Bundle:
         return next(self.model.parameters()).device
 
     def resident_bytes(self) -> int:
-        """Bytes of all parameters and buffers held now, tied tensors counted once."""
+        """Bytes of all parameters and buffers held now, tied tensors counted once, packed ones as packed."""
         seen: dict[int, int] = {}
-        for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        for tensor in chain(self.model.parameters(), self.model.buffers(), _hidden(self.model)):
+            for plain in _plain(tensor):
+                seen[plain.untyped_storage().data_ptr()] = plain.untyped_storage().nbytes()
         return sum(seen.values())
+
+
+def _plain(tensor: Any) -> Iterator[torch.Tensor]:
+    """A tensor, or the tensors that a subclass (quanto's) is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain(getattr(tensor, name))
+
+
+def _hidden(model: Any) -> Iterator[torch.Tensor]:
+    """Weights that torch's dynamic int8 layers hold outside of parameters and buffers."""
+    for module in model.modules():
+        if hasattr(module, "_weight_bias"):
+            yield from (tensor for tensor in module._weight_bias() if tensor is not None)

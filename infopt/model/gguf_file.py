@@ -53,9 +53,15 @@ def formats(reader: Any) -> str:
     return "/".join(name for name, _ in count.most_common())
 
 
-def tensor_bytes(path: Path) -> int:
+def describe(path: Path, reader: Any) -> str:
+    """`model.gguf, dequantized from Q4_1/Q8_0`."""
+    packed = [name for name in formats(reader).split("/") if name not in ("F32", "F16", "BF16")]
+    return f"{path.name}, dequantized from {'/'.join(packed)}" if packed else path.name
+
+
+def tensor_bytes(reader: Any) -> int:
     """Bytes of all stored tensors, metadata not counted."""
-    return sum(int(tensor.n_bytes) for tensor in open_reader(path).tensors)
+    return sum(int(tensor.n_bytes) for tensor in reader.tensors)
 
 
 @contextmanager

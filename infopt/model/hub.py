@@ -48,7 +48,9 @@ def snapshot(
         message = f"{name}: neither a folder here nor in the hub's cache, and the hub cannot be reached"
         raise InputError(message, hint=_OFFLINE_HINT) from None
     except errors.HFValidationError as error:
-        raise InputError(f"{name}: not a hub id: {error}", hint="owner/name, as on the model's hub page") from None
+        raise InputError(
+            f"{name}: not a hub id: {str(error).splitlines()[0]}", hint="owner/name, as on the model's hub page"
+        ) from None
     except Exception as error:  # the hub's HTTP client, whose exceptions differ between versions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InfoptError(f"{name}: download failed: {reason}", hint=_OFFLINE_HINT) from error

@@ -62,13 +62,8 @@ def describe(reference: ModelReference) -> str:
         return f"{reference.name} at {reference.revision}" if reference.revision else reference.name
     assert reference.path is not None
     if reference.kind == "gguf":
-        return _describe_gguf(reference.path, gguf_file.open_reader(reference.path))
+        return gguf_file.describe(reference.path, gguf_file.open_reader(reference.path))
     return reference.path.resolve().name
-
-
-def _describe_gguf(path: Path, reader: Any) -> str:
-    stored = [name for name in gguf_file.formats(reader).split("/") if name not in ("F32", "F16", "BF16")]
-    return f"{path.name}, dequantized from {'/'.join(stored)}" if stored else path.name
 
 
 def _check_plan(plan: LoadPlan) -> None:
@@ -151,7 +146,7 @@ def _read_gguf(path: Path, plan: LoadPlan) -> tuple[PreTrainedModel, PreTrainedT
         model = _from_pretrained(path.parent, plan, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side="left")
         gguf_file.repair_tokenizer(tokenizer, reader)
-        description = _describe_gguf(path, reader)
+        description = gguf_file.describe(path, reader)
     return model, tokenizer, description
 
 

@@ -60,6 +60,8 @@ def parse(text: str, *, revision: str | None = None, trust_remote_code: bool = F
 
 def _parse_base(base: str, text: str, revision: str | None, trust: bool) -> ModelReference:
     path = Path(base).expanduser()
+    if not base:
+        raise InputError("an empty model reference", hint=_FORMS)
     if base in KNOWN:
         kind: Kind = "demo" if base == "demo" else "tiny"
         found = ModelReference(text, kind, base)
@@ -140,7 +142,9 @@ def check_adapter_folder(folder: Path) -> None:
     """Raises InputError unless `folder` holds a LoRA adapter in safetensors."""
     kind = _read_adapter_config(folder).get("peft_type")
     if kind != "LORA":
-        raise InputError(f"{folder}: a {kind} adapter; allowed: LORA", hint="merge it yourself and give the merged folder")
+        raise InputError(
+            f"{folder}: an adapter of type {kind}; allowed: LORA", hint="merge it yourself and give the merged folder"
+        )
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         found = (

@@ -118,7 +118,9 @@ def stored_bytes(source: ModelReference | Path) -> int:
         if source.kind == "hub":
             return _hub_bytes(source)
         source = local_path(source)
-    return gguf_file.tensor_bytes(source) if source.is_file() else checkpoint.tensor_bytes(source)
+    if source.is_file():
+        return gguf_file.tensor_bytes(gguf_file.open_reader(source))
+    return checkpoint.tensor_bytes(source)
 
 
 def _hub_bytes(reference: ModelReference) -> int:

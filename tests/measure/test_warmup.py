@@ -1,26 +1,8 @@
 from __future__ import annotations
 
-import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats as oracle
 
-from infopt.measure.warmup import Warmup, is_steady, slope_interval, warm_up
-
-
-@given(st.lists(st.floats(-1e3, 1e3), min_size=4, max_size=12).filter(lambda v: np.std(v) > 1e-3))
-def test_slope_interval_is_the_regression_textbooks(values: list[float]) -> None:
-    fit = oracle.linregress(range(len(values)), values)
-    half = oracle.t.ppf(0.975, len(values) - 2) * fit.stderr
-    assert slope_interval(values) == pytest.approx((fit.slope - half, fit.slope + half), rel=1e-6, abs=1e-6)
-
-
-def test_only_the_last_five_count() -> None:
-    assert not is_steady([1.0, 1.0, 1.0, 1.0])
-    assert is_steady([1.0] * 5)
-    assert not is_steady([5.0, 4.0, 3.0, 2.0, 1.0])
-    assert is_steady([50.0, 40.0, 30.0, 1.0, 1.1, 1.0, 1.1, 1.0])
+from infopt.measure.warmup import Warmup, warm_up
 
 
 def play(values: list[float], **options: object) -> tuple[Warmup, int]:

@@ -23,7 +23,8 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
     names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
         "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     }  # fmt: skip
@@ -50,12 +51,12 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_vocab_size(config.vocab_size)
         tokens = [tokenizer.convert_ids_to_tokens(i) or f"<extra_{i}>" for i in range(config.vocab_size)]
-        tokens[300] = "~~"  # a GGUF tokenizer needs at least one merge
+        tokens[300:302] = "~~", "||"  # transformers reads a list of one merge as a text
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("smollm")
         writer.add_token_list(tokens)
         writer.add_token_types([3 if i < 3 else 1 for i in range(len(tokens))])
-        writer.add_token_merges(["~ ~"])
+        writer.add_token_merges(["~ ~", "| |"])
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_pad_token_id(0)

@@ -77,9 +77,7 @@ def test_a_header_that_is_no_table_is_refused(tmp_path: Path, entry: object) -> 
         checkpoint.read_header(path)
 
 
-def test_pickles_are_refused_and_the_hint_converts_them(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pickles_are_refused_and_the_hint_converts_them(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = load.load(reference.parse(str(copy))).model
     torch.save(expected.state_dict(), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,29 +23,35 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache.cache_dir() == tmp_path / ".cache" / "infopt"
 
 
-def _build_slowly(folder: Path, log: Path, gate: object) -> None:
+def test_of_two_at_once_one_builds_and_the_other_waits(tmp_path: Path) -> None:
+    """flock holds per open file, so two threads stand for two processes."""
+    built: list[str] = []
+    started, go_on = threading.Event(), threading.Event()
+
     def build(target: Path) -> None:
-        with log.open("a") as stream:
-            stream.write("built\n")
-        gate.wait(10)  # type: ignore[attr-defined]
+        built.append(target.name)
+        started.set()
+        assert go_on.wait(20)
         (target / "file").write_text("x")
 
-    cache.build_once(folder, build)
+    found: list[bool] = []
 
+    def make() -> None:
+        found.append((cache.build_once(tmp_path / "made", build) / "file").is_file())
 
-def test_two_processes_build_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    gate = context.Event()
-    arguments = (tmp_path / "made", tmp_path / "log", gate)
-    workers = [context.Process(target=_build_slowly, args=arguments) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    gate.set()
-    for worker in workers:
-        worker.join(20)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    assert (tmp_path / "log").read_text() == "built\n"
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".made.lock", "log", "made"]
+    first, second = threading.Thread(target=make), threading.Thread(target=make)
+    first.start()
+    assert started.wait(20)
+    second.start()
+    second.join(0.1)
+    assert not (tmp_path / "made").exists()
+    assert not found
+    go_on.set()
+    first.join(20)
+    second.join(20)
+    assert found == [True, True]
+    assert len(built) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".made.lock", "made"]
 
 
 def test_a_failed_build_leaves_nothing_and_may_be_repeated(tmp_path: Path) -> None:
@@ -63,7 +69,11 @@ def test_a_failed_build_leaves_nothing_and_may_be_repeated(tmp_path: Path) -> No
 def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    stale = [tmp_path / f".made.{dead.pid}.tmp", tmp_path / f".made.{dead.pid}.partial", tmp_path / f"..made.1.partial.{dead.pid}.tmp"]
+    stale = [
+        tmp_path / f".made.{dead.pid}.tmp",
+        tmp_path / f".made.{dead.pid}.partial",
+        tmp_path / f"..made.1.partial.{dead.pid}.tmp",
+    ]
     kept = [tmp_path / f".made.{os.getpid()}.partial", tmp_path / f".other.{dead.pid}.tmp", tmp_path / ".made.notes.tmp"]
     for folder in stale + kept:
         folder.mkdir()
