@@ -22,13 +22,14 @@ def row(name: str) -> TechniqueRow:
     manual = technique.__doc__ or ""
     needs = [module.split(".")[0].replace("_", "-") for module in technique.needs.modules]
     needs += ["C++ compiler"] * technique.needs.compiler + ["CUDA"] * technique.needs.cuda
+    papers = dict.fromkeys(re.findall(r"\d{4}\.\d{5}", manual))
     recipes = [path.name for path in recipe.shipped().values() if path.stem == name or path.stem.startswith(f"{name}_")]
     return TechniqueRow(
         name=name,
         idea=manual.strip().split("\n\n")[0].replace("\n", " ").removesuffix("."),
         acts="load, each time" if technique.at_load else "weights" if technique.apply is not Technique.apply else "load",
         needs=", ".join(needs),
-        paper=", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in dict.fromkeys(re.findall(r"\d{4}\.\d{5}", manual))),
+        paper=", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in papers),
         source=f"infopt/techniques/{name}.py",
         recipe=f"recipes/{recipes[0]}",
     )

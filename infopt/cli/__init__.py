@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import typer
 
-from infopt.cli import bench, compare, demo, doctor, generate, inspect, models, optimize, recipes, results
+from infopt.cli.bench import bench
+from infopt.cli.compare import compare
+from infopt.cli.demo import demo
+from infopt.cli.doctor import doctor
+from infopt.cli.generate import generate
+from infopt.cli.inspect import inspect
+from infopt.cli.models import app as models
+from infopt.cli.optimize import optimize
+from infopt.cli.recipes import app as recipes
+from infopt.cli.results import app as results
 from infopt.cli.shell import Shell, version
 
 app = typer.Typer(
@@ -20,9 +29,9 @@ app = typer.Typer(
 )
 app.callback()(version)
 for command in (demo, optimize, bench, compare, inspect, generate, doctor):
-    app.command()(getattr(command, command.__name__.rpartition(".")[2]))
+    app.command()(command)
 for name, group in (("models", models), ("recipes", recipes), ("results", results)):
-    app.add_typer(group.app, name=name)
+    app.add_typer(group, name=name)
 
 
 def main() -> None:

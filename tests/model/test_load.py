@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infopt.errors import InputError, MissingNeedError
+from infopt.errors import InfoptError, InputError, MissingNeedError
 from infopt.model import checkpoint, load, reference, save, shapes, tiny
 from infopt.model.plan import LoadPlan
 
@@ -119,6 +119,39 @@ def test_a_models_own_code_does_not_run_unasked(copy: Path) -> None:
     with pytest.raises(InputError):
         shapes.shapes(reference.parse(str(copy)))
     assert not (copy / "ran").exists()
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(copy: Path) -> None:
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    generation = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({**generation, "pad_token_id": None}))
+    bundle = load.load(reference.parse(str(copy)))
+    assert bundle.tokenizer.pad_token_id == bundle.tokenizer.eos_token_id == 2
+    assert bundle.model.generation_config.pad_token_id == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (ImportError("needs `pip install x`\nmore"), MissingNeedError, "needs `pip install x`$"),
+        (torch.OutOfMemoryError("CUDA"), InfoptError, "out of device memory while loading"),
+        (RuntimeError(), InputError, "cannot be loaded: RuntimeError"),
+    ],
+)
+def test_what_libraries_raise_is_one_line(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[InfoptError], message: str
+) -> None:
+    import transformers
+
+    def fail(*arguments: object, **named: object) -> None:
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(kind, match=message) as caught:
+        load.load(reference.parse(str(tiny_folder)))
+    assert type(caught.value) is kind
 
 
 def test_transformers_talks_again_afterwards(tiny_folder: Path) -> None:
