@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +39,11 @@ class ArmRun:
         self._worker: WorkerProcess | None = None
         self._stream: IO[str] | None = None
         self._is_warm = False
+        self._block_start = 0
+
+    @property
+    def has_samples(self) -> bool:
+        return (self.folder / "samples.jsonl").exists()
 
     @property
     def label(self) -> str:
@@ -57,17 +63,19 @@ class ArmRun:
             "open", arm=self.spec.as_dict(), options=asdict(self.options), workload=asdict(self.workload)
         )
         self._is_warm = False
-        if self._stream is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._stream = (self.folder / "samples.jsonl").open("w", encoding="utf-8")
 
     def block(self, index: int, position: int, *, is_redone: bool = False) -> Block:
-        """Measures block `index`; samples are on disk before it returns. A redone block replaces the first try."""
+        """Measures block `index`; each sample is on disk as soon as it is known. A redone block replaces the first try."""
         assert self._worker is not None
+        if is_redone:
+            self._forget(index)
+        self._block_start = self._file.tell()
         samples: list[Sample] = []
 
         def keep(event: Event) -> None:
             samples.append(Sample.model_validate(event["sample"]))
+            self._file.write(samples[-1].model_dump_json() + "\n")
+            self._file.flush()
 
         answer = self._worker.call(
             "block",
@@ -82,14 +90,24 @@ class ArmRun:
         block = Block.model_validate(answer)
         if is_redone:
             block = block.model_copy(update={"is_redone": True})
-            self.samples = [sample for sample in self.samples if sample.block != index]
-            self.blocks = [each for each in self.blocks if each.index != index]
         self.samples += samples
         self.blocks.append(block)
-        assert self._stream is not None
-        self._stream.writelines(sample.model_dump_json() + "\n" for sample in samples)
-        self._stream.flush()
         return block
+
+    @property
+    def _file(self) -> IO[str]:
+        """`samples.jsonl`, made when the first block begins: an arm that is refused leaves no folder."""
+        if self._stream is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._stream = (self.folder / "samples.jsonl").open("w", encoding="utf-8")
+        return self._stream
+
+    def _forget(self, index: int) -> None:
+        """Drops the last block, `index`, from memory and from the file."""
+        self.samples = [sample for sample in self.samples if sample.block != index]
+        self.blocks = [each for each in self.blocks if each.index != index]
+        self._file.seek(self._block_start)
+        self._file.truncate()
 
     def restart(self) -> None:
         """A fresh process for the next block."""
@@ -182,6 +200,20 @@ class ArmRun:
         if errors:
             lines.append(f"{self.label}: {len(errors)} requests failed, the first with {errors[0]}")
         return tuple(lines)
+
+
+@contextmanager
+def ended(runs: Sequence[ArmRun]) -> Iterator[None]:
+    """Ends the arms' workers with the block: politely, or at once when it failed or was interrupted."""
+    try:
+        yield
+    except BaseException:
+        for run in runs:
+            run.kill()
+        raise
+    finally:
+        for run in runs:
+            run.close()
 
 
 def prepare(specs: Sequence[ArmSpec], options: LoadOptions, worker: WorkerProcess) -> list[ArmSpec | InfoptError]:

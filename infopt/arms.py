@@ -37,7 +37,7 @@ class ArmSpec:
 def split(text: str) -> tuple[str, str | None]:
     """`demo:recipes/int8.yaml` → (`demo`, `recipes/int8.yaml`)."""
     model, colon, name = text.rpartition(":")
-    return (model, name) if colon and model else (text, None)
+    return (model, name) if colon and model and not Path(text).exists() else (text, None)
 
 
 def spec(model: str, recipe_name: str | None, overrides: Sequence[str] = (), dtype: str | None = None) -> ArmSpec:
@@ -53,24 +53,27 @@ def spec(model: str, recipe_name: str | None, overrides: Sequence[str] = (), dty
         return ArmSpec(label, model, chosen)
     if recipe_name is None:
         own = recipe.load(str(folder / "recipe.yaml"), techniques.find, overrides)
+        if overrides and own.steps != recipe.load(str(folder / "recipe.yaml"), techniques.find).steps:
+            raise _already(folder, "--set would change its weights again", "")
         return ArmSpec(folder.name, model, own, is_artifact=True)
     chosen = recipe.load(recipe_name, techniques.find, overrides)
     if chosen.steps:
-        source = artifact.read_artifact(folder).reference
-        raise InputError(
-            f"{model} is already optimized; recipe {chosen.name!r} would change its weights again",
-            hint=f"give the reference model instead: {source}:{recipe_name}",
-        )
+        raise _already(folder, f"recipe {chosen.name!r} would change its weights again", f":{recipe_name}")
     return ArmSpec(f"{folder.name}:{chosen.name}", model, chosen, is_artifact=True)
 
 
+def _already(folder: Path, problem: str, suffix: str) -> InputError:
+    source = artifact.read_artifact(folder).reference
+    return InputError(f"{folder} is already optimized; {problem}", hint=f"give the reference model instead: {source}{suffix}")
+
+
 def parse(texts: Sequence[str], overrides: Sequence[str] = (), dtype: str | None = None) -> tuple[ArmSpec, ...]:
-    """Arms with labels that differ; the first is the baseline."""
+    """Arms with labels that differ, also as names of files; the first is the baseline."""
     arms = [spec(*split(text), overrides, dtype) for text in texts]
     labels: list[str] = []
     for arm in arms:
         label, number = arm.label, 2
-        while label in labels:
+        while file_name(label) in map(file_name, labels):
             label, number = f"{arm.label} ({number})", number + 1
         labels.append(label)
     return tuple(ArmSpec(label, arm.model, arm.recipe, arm.is_artifact) for label, arm in zip(labels, arms, strict=True))

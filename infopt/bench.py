@@ -7,17 +7,15 @@ stored comparison needs.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 
 from infopt import artifact, recipe, result, stats, techniques
-from infopt.arm_run import ArmRun, best_machine, now_utc, prepare, run_id
+from infopt.arm_run import ArmRun, best_machine, ended, now_utc, prepare, run_id
 from infopt.arms import ArmSpec
-from infopt.errors import Exit, InfoptError
+from infopt.errors import InfoptError, InputError, Terminated
 from infopt.judging import INFORMING, Evidence
 from infopt.process import WorkerProcess
 from infopt.protocols import Progress
@@ -47,8 +45,8 @@ def bench(
         own = ArmRun(ready, options, workload, settings, folder, progress)
         twin = ArmRun(replace(ready, label=f"{spec.label} (A/A)"), options, workload, settings, folder / "self-test", progress)
         runs = [own, twin] if self_test else [own]
-        with kept_on_interrupt(lambda reason: write_run(own, created, reason)):
-            try:
+        with kept_on_interrupt(lambda reason: write_run(own, created, reason), lambda: runs):
+            with ended(runs):
                 for run in runs:
                     run.open()
                 for index in range(blocks):
@@ -59,11 +57,8 @@ def bench(
                 machine = best_machine(runs)
                 for run in runs:
                     run.finish(machine)
-                if self_test:
-                    own.noise = noise_floor(own, twin)
-            finally:
-                for run in runs:
-                    run.close()
+            if self_test:
+                own.noise = noise_floor(own, twin)
             reference = reference_of(spec, ready)
             if settings.quality is not None and not is_reference(ready, reference):
                 measure_quality(reference, [own], options, settings, lab)
@@ -123,29 +118,16 @@ def write_run(run: ArmRun, created: str, reason: str | None) -> Run:
     return record
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, so that it unwinds as Ctrl-C does."""
-
-
 @contextmanager
-def kept_on_interrupt(write: Callable[[str], object]) -> Iterator[None]:
-    """Whatever ends the block early, `write(reason)` keeps what was measured so far."""
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
+def kept_on_interrupt(write: Callable[[str], object], runs: Callable[[], Sequence[ArmRun]]) -> Iterator[None]:
+    """Whatever ends the block early, `write(reason)` keeps what was measured so far. A refusal before the first sample
+    leaves nothing."""
     try:
         yield
     except KeyboardInterrupt as error:
         write("terminated" if isinstance(error, Terminated) else "interrupted")
         raise
     except Exception as error:
-        write(str(error).split("\n")[0] or type(error).__name__)
+        if not isinstance(error, InputError) or any(run.has_samples for run in runs()):
+            write(str(error).split("\n")[0] or type(error).__name__)
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def interrupted_exit(error: KeyboardInterrupt) -> Exit:
-    return Exit.TERMINATED if isinstance(error, Terminated) else Exit.INTERRUPTED

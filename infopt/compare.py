@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from infopt import __version__, checks, result
-from infopt.arm_run import ArmRun, best_machine, now_utc, prepare, run_id
+from infopt.arm_run import ArmRun, best_machine, ended, now_utc, prepare, run_id
 from infopt.arms import ArmSpec, file_name
 from infopt.bench import kept_on_interrupt, measure_quality, noise_floor, write_run
 from infopt.comparison import ArmResult, Comparison
@@ -66,7 +66,7 @@ def compare(
 ) -> tuple[Comparison, Path]:
     """Runs the arms interleaved. Raises InputError for an arm that is refused; an arm that fails later keeps its error."""
     live = _Live(specs, workload, options, settings, protocol, results, progress)
-    with kept_on_interrupt(live.write):
+    with kept_on_interrupt(live.write, live.all_runs):
         live.measure()
     return live.write(None), live.folder
 
@@ -97,8 +97,8 @@ class _Live:
         with WorkerProcess("preparing", self.options.threads, self.progress) as lab:
             self._prepare(lab)
             self._time()
-            if self.settings.quality is not None:
-                alive = [run for run in self.runs if run.error is None]
+            alive = [run for run in self.runs if run.error is None]
+            if self.settings.quality is not None and len(alive) > 1:
                 measure_quality(alive[0].spec, alive[1:], self.options, self.settings, lab)
 
     def _prepare(self, lab: WorkerProcess) -> None:
@@ -125,10 +125,13 @@ class _Live:
         run.kill()
 
     def _alive(self) -> list[ArmRun]:
-        return [run for run in [*self.runs, self.twin] if run is not None and run.error is None]
+        return [run for run in self.all_runs() if run.error is None]
+
+    def all_runs(self) -> list[ArmRun]:
+        return [*self.runs, *([self.twin] if self.twin else [])]
 
     def _time(self) -> None:
-        try:
+        with ended(self.all_runs()):
             for run in self._alive():
                 run.start()
             for run in self._alive():
@@ -142,12 +145,9 @@ class _Live:
                     break
             machine = best_machine(self._alive())
             for run in self._alive():
-                run.finish(machine)
-            if self.twin is not None:
-                self.runs[0].noise = noise_floor(self.runs[0], self.twin)
-        finally:
-            for run in [*self.runs, *([self.twin] if self.twin else [])]:
-                run.close()
+                self._guard(run, lambda run=run: run.finish(machine))
+        if self.twin is not None:
+            self.runs[0].noise = noise_floor(self.runs[0], self.twin)
 
     def _round(self, index: int) -> None:
         """One block of every arm; odd rounds run backwards, so that drift cancels."""
@@ -175,7 +175,7 @@ class _Live:
 
     def _is_open_question(self) -> bool:
         """Whether more pairs could settle a gate."""
-        for run in self._alive()[1:]:
+        for run in [run for run in self.runs[1:] if run.error is None]:
             timed = [gate for gate in self.protocol.gates_of(run.spec.recipe.gates) if find(gate.figure)[0].kind != "quality"]
             found = judge(self._evidence(self.runs[0]), self._evidence(run), timed, alpha=self.look.alpha, informing=())
             if any(each.verdict is Verdict.INCONCLUSIVE and each.p is not None for each in found):
@@ -194,7 +194,7 @@ class _Live:
     def write(self, reason: str | None) -> Comparison:
         """Everything known now: one folder per arm, `compare.json`, reports. `reason`: why it is incomplete."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for run in [*self.runs, *([self.twin] if self.twin else [])]:
+        for run in self.all_runs():
             if run.facts:
                 write_run(run, self.created, reason or run.error)
         judgements: dict[str, tuple[Judgement, ...]] = {}

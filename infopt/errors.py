@@ -74,6 +74,10 @@ class NotComparableError(InfoptError):
     exit_code = Exit.NOT_COMPARABLE
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised in the main thread, so that it unwinds as Ctrl-C does."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word closest to `word`, or None when nothing is close (difflib ratio 0.6)."""
     matches = difflib.get_close_matches(word, sorted(known), n=1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infopt import __version__, artifact, pipeline, units
-from infopt.arms import ArmSpec
+from infopt.arms import ArmSpec, file_name
 from infopt.artifact import Artifact, LoadBack, StepRecord
 from infopt.data import texts
 from infopt.errors import InputError, LoadBackError
@@ -106,6 +106,7 @@ def optimize(model: str, chosen: Recipe, out: Path, options: LoadOptions, progre
     )
     with atomic.new_folder(out) as staging:
         made = _Build(ref, chosen, device, options, bundle, found, staging, progress)
+        del bundle  # `made` lets go of it before it loads the saved one
         checks = made.save_and_check(steps)
         document = Artifact(
             created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -153,9 +154,14 @@ def ensure(spec: ArmSpec, options: LoadOptions, progress: Progress = lambda line
         "versions": pipeline.versions(),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache.cache_dir() / "artifacts" / f"{spec.recipe.name}-{digest}"
+    folder = cache.cache_dir() / "artifacts" / f"{file_name(spec.recipe.name)}-{digest}"
     # The arm brings its own run-time half and gates: arms that differ only there share one artifact.
-    stored = Recipe(name=spec.recipe.name, steps=spec.recipe.steps, engine=EngineSection(dtype=spec.recipe.engine.dtype))
+    stored = Recipe(
+        name=spec.recipe.name,
+        steps=spec.recipe.steps,
+        engine=EngineSection(dtype=spec.recipe.engine.dtype),
+        calibration=spec.recipe.calibration,
+    )
 
     def build(target: Path) -> None:
         optimize(spec.model, stored, target, options, progress)
@@ -200,14 +206,15 @@ class _Build:
         self.bundle = None
         gc.collect()
         self.progress("loading back")
-        plan = pipeline.load_plan(self.recipe, self.device, dtype="auto", trust_remote_code=self.options.trust_remote_code)
+        saved = pipeline.as_stored(self.recipe)
+        plan = pipeline.load_plan(saved, self.device, trust_remote_code=self.options.trust_remote_code)
         plain = load.load(pipeline.resolve(str(self.staging), self.options), plan, self.progress)
         checks = [compare_probe(stored, probe(plain, ids), tolerance, "plain transformers")]
         del plain
         is_reopened = any(type(t).reopen is not Technique.reopen for t in self.techniques)
         if at_load is not None or is_reopened:
             at_load_steps = range(first, len(self.techniques))
-            again = pipeline.finish(self.staging, self.recipe, at_load_steps, self.device, self.options, self.progress)
+            again = pipeline.finish(self.staging, saved, at_load_steps, self.device, self.options, self.progress)
             checks.append(compare_probe(stored if at_load is None else at_load, probe(again, ids), tolerance, "infopt"))
         return checks
 

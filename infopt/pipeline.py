@@ -23,7 +23,7 @@ from infopt.model.cache import cache_dir
 from infopt.model.plan import LoadPlan
 from infopt.needs import missing_need
 from infopt.protocols import Context, Engine, Machine, Prediction, Progress, Sampling, Shapes
-from infopt.recipe import Recipe
+from infopt.recipe import EngineSection, Recipe
 from infopt.settings import LoadOptions
 from infopt.techniques.base import Technique
 
@@ -76,9 +76,14 @@ def changes_weights(chosen: Recipe) -> bool:
     return bool(chosen.steps) or chosen.engine.dtype != "auto"
 
 
-def load_plan(chosen: Recipe, device: str, *, dtype: str | None = None, trust_remote_code: bool = False) -> LoadPlan:
+def load_plan(chosen: Recipe, device: str, *, trust_remote_code: bool = False) -> LoadPlan:
     attention = None if chosen.engine.attention == "auto" else chosen.engine.attention
-    return LoadPlan(dtype=dtype or chosen.engine.dtype, device=device, attention=attention, trust_remote_code=trust_remote_code)
+    return LoadPlan(dtype=chosen.engine.dtype, device=device, attention=attention, trust_remote_code=trust_remote_code)
+
+
+def as_stored(chosen: Recipe) -> Recipe:
+    """The recipe with whatever dtype the files hold."""
+    return replace(chosen, engine=chosen.engine.model_copy(update={"dtype": "auto"}))
 
 
 def predict(chosen: Recipe, model_shapes: Shapes, stored_bytes: int, machine: Machine) -> list[tuple[str, Prediction]]:
@@ -156,18 +161,23 @@ def first_at_load(chosen: Recipe, found: list[Technique]) -> int:
     return first
 
 
-def reopen(folder: Path, device: str, options: LoadOptions, progress: Progress = lambda line: None) -> Bundle:
-    """An artifact as infopt runs it: loaded, its at-load steps repeated, faster layers swapped in."""
+def reopen(
+    folder: Path, engine: EngineSection, device: str, options: LoadOptions, progress: Progress = lambda line: None
+) -> Bundle:
+    """An artifact as infopt runs it under `engine`: loaded, its at-load steps repeated, faster layers swapped in."""
     saved = artifact.read_artifact(folder)
-    chosen = recipe.load(str(folder / "recipe.yaml"), techniques.find)
+    stored = recipe.load(str(folder / "recipe.yaml"), techniques.find)
+    chosen = replace(stored, engine=engine)
+    if engine.dtype == stored.engine.dtype:
+        chosen = as_stored(chosen)
     bundle = finish(folder, chosen, saved.at_load, device, options, progress)
     return replace(bundle, description=f"{saved.reference_description}, optimized by {chosen.name}")
 
 
 def finish(folder: Path, chosen: Recipe, at_load: Sequence[int], device: str, options: LoadOptions, progress: Progress) -> Bundle:
-    """The saved weights in `folder` with what a file could not hold done again: steps `at_load`, and faster layers."""
+    """The weights in `folder` with what a file could not hold done again: steps `at_load`, and faster layers."""
     found = [techniques.find(step.name, chosen.place(i))(step.options) for i, step in enumerate(chosen.steps)]
-    plan = load_plan(chosen, device, dtype=options.dtype or "auto", trust_remote_code=options.trust_remote_code)
+    plan = load_plan(chosen, device, trust_remote_code=options.trust_remote_code)
     for index in at_load:
         lacking = missing_need(found[index].needs)
         if lacking:
@@ -186,7 +196,7 @@ def open_arm(spec: ArmSpec, device: str, options: LoadOptions, progress: Progres
     Weight steps are applied once, by `optimize.ensure`, never here: asking for them is a mistake of the caller.
     """
     if spec.is_artifact:
-        return reopen(Path(spec.model), device, options, progress)
+        return reopen(Path(spec.model), spec.recipe.engine, device, options, progress)
     assert not changes_weights(spec.recipe), "open an arm's artifact, not its recipe"
     plan = load_plan(spec.recipe, device, trust_remote_code=options.trust_remote_code)
     return load.load(resolve(spec.model, options), plan, progress)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from infopt.protocols import Progress
 
 Event = dict[str, Any]
 _CLOSE_S = 10.0
+_DOCTOR = "infopt doctor"
 
 
 class WorkerProcess:
@@ -51,7 +53,7 @@ class WorkerProcess:
         except BrokenPipeError:
             raise self._died() from None
         for line in self._process.stdout:
-            event: Event = json.loads(line)
+            event = self._read(line)
             kind = event.pop("event")
             if kind == "answer":
                 return event["value"]
@@ -68,11 +70,7 @@ class WorkerProcess:
         if self._process.stdin and not self._process.stdin.closed:
             with suppress(BrokenPipeError):
                 self._process.stdin.close()
-        try:
-            self._process.wait(timeout=_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._end()
         if self._process.stdout:
             self._process.stdout.close()
         self._log.close()
@@ -88,6 +86,16 @@ class WorkerProcess:
             self.kill()
         self.close()
 
+    def _read(self, line: str) -> Event:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or "event" not in event:
+            self.kill()
+            raise WorkerError(f"{self.name}: the measuring process said {line.strip()[:80]!r}, which is no event", hint=_DOCTOR)
+        return event
+
     def _error(self, event: Event) -> InfoptError:
         kind = getattr(errors, event["kind"], WorkerError)
         found: InfoptError = kind.__new__(kind)
@@ -95,13 +103,21 @@ class WorkerProcess:
         return found
 
     def _died(self) -> WorkerError:
-        code = self._process.wait()
-        last = self._last_words()
-        if code == -9:
+        code = self._end()
+        if code == -signal.SIGKILL:
             return WorkerError(
                 f"{self.name}: the measuring process was killed (out of memory?)", hint="infopt optimize --dry-run"
             )
-        return WorkerError(f"{self.name}: the measuring process ended with code {code}: {last}", hint="infopt doctor")
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return WorkerError(f"{self.name}: the measuring process {how}: {self._last_words()}", hint=_DOCTOR)
+
+    def _end(self) -> int:
+        """Waits for the process, not for ever; its exit code, negative after a signal."""
+        try:
+            return self._process.wait(timeout=_CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
     def _last_words(self) -> str:
         self._log.seek(0)

@@ -154,7 +154,7 @@ def locate(name: str, beside: Path | None = None) -> Path:
             return candidate
     known = shipped()
     path = Path(name)
-    if path.stem in known and path.parent.name in ("", "recipes") and path.suffix in ("", ".yaml"):
+    if path.stem in known and str(path.parent) in (".", "recipes") and path.suffix in ("", ".yaml"):
         return known[path.stem]
     if path.suffix in (".yaml", ".yml") or "/" in name:
         raise RecipeError("", f"{name}: no such recipe file", hint="infopt recipes list")
@@ -179,7 +179,7 @@ def parse(document: Any, find: FindTechnique, *, source: str = "", default_name:
     for key in document:
         if key not in _KEYS:
             raise RecipeError(str(key), unknown("key", str(key), _KEYS), hint="infopt recipes schema prints the grammar")
-    if document.get("version") != 1:
+    if document.get("version") is not 1:
         raise RecipeError(
             "version", f"found {_shown(document.get('version'))}; allowed: 1", hint="start the file with `version: 1`"
         )

@@ -34,6 +34,7 @@ LEVELS: list[list[str]] = [
     ["compare", "generate", "worker"],
     ["demo"],
     ["cli"],
+    ["__main__"],
 ]
 LEVEL_OF = {unit: number for number, units in enumerate(LEVELS) for unit in units}
 #: May import torch when they are imported themselves; everything else only inside functions.

@@ -34,7 +34,7 @@ def optimize(
     if recipe is None:
         raise InputError("optimize needs a recipe", hint="infopt recipes list, then -r NAME")
     spec = arms.spec(model, recipe, overrides or (), dtype)
-    target = out or Path(f"{arms.file_name(model)}-{spec.recipe.name}")
+    target = out or Path(arms.file_name(f"{model}-{spec.recipe.name}"))
     options = LoadOptions(device, dtype, threads, seed, revision, trust)
     from infopt import optimize as use_case
 

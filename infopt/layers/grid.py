@@ -14,12 +14,13 @@ from infopt.protocols import Machine, Prediction, Shapes
 ScaleDType = Literal["auto", "float32", "bfloat16", "float16"]
 USUAL_GROUPS = (16, 32, 48, 64, 96, 128, 192, 256, 512)
 HEAD = "lm_head"
+ZERO_POINTS_PER_WORD = 8  # of 4 bits in an int32
 #: Bytes moved per weight while one layer is rounded and packed, in float32 and int32; fitted to measured seconds.
 TRAFFIC_BYTES = 140
 #: Bytes held per weight of the layer at hand: float32 copies, its grid indices, and the packer's int32 and int64 buffers.
 HELD_BYTES = 40
 #: Bytes moved per weight while bitsandbytes quantizes what transformers reads; fitted to measured seconds.
-LOAD_TRAFFIC_BYTES = 60
+LOAD_TRAFFIC_BYTES = 600
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,20 @@ def check_ignore(shapes: Shapes, ignore: Iterable[str], path: str) -> None:
         )
 
 
-def predict(grid: Grid, layers: Mapping[str, tuple[int, int]], shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
+def check_zero_points(layers: Mapping[str, tuple[int, int]], grid: Grid, path: str) -> None:
+    """Refuses asymmetric 4-bit layers whose zero points fit one word: compressed-tensors cannot unpack those. Raises RecipeError."""
+    small = [name for name, (out, _) in layers.items() if out <= ZERO_POINTS_PER_WORD]
+    if small and grid.bits == 4 and not grid.symmetric:
+        raise RecipeError(
+            f"{path}.symmetric",
+            f"found false, and {small[0]} has at most {ZERO_POINTS_PER_WORD} outputs, which compressed-tensors cannot unpack",
+            hint=f"add {small[0].rpartition('.')[2]} to ignore",
+        )
+
+
+def predict(
+    grid: Grid, layers: Mapping[str, tuple[int, int]], shapes: Shapes, before: Prediction, machine: Machine
+) -> Prediction:
     """What rounding and packing `layers` costs: bytes from the format, seconds from the machine's read rate."""
     sizes = [out * inner for out, inner in layers.values()]
     element = before.weights_bytes / shapes.parameters

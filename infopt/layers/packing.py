@@ -6,6 +6,7 @@ activations, with one scale per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 FORMAT = "pack-quantized"
 
 
-def linears(bundle: Bundle, ignore: list[str]) -> dict[str, nn.Linear]:
+def linears(bundle: Bundle, ignore: Iterable[str]) -> dict[str, nn.Linear]:
     """The layers to quantize, by dotted name. Raises InputError when an earlier step has quantized the model."""
     if bundle.save_config or bundle.packed or getattr(bundle.model, "hf_quantizer", None) is not None:
         raise InputError("the model's weights are quantized already", hint="keep one quantizing step in the recipe")
@@ -30,7 +31,7 @@ def linears(bundle: Bundle, ignore: list[str]) -> dict[str, nn.Linear]:
     return {name: module for name, module in modules.items() if type(module) is nn.Linear and not is_ignored(name, ignore)}
 
 
-def left_alone(model: nn.Module, packed: dict[str, Any]) -> list[str]:
+def left_alone(model: nn.Module, packed: Mapping[str, Any]) -> list[str]:
     """Full names of the linear layers that stay as they are; engines match them one by one."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
 
@@ -64,7 +65,7 @@ def pack(weight: torch.Tensor, grid: Grid) -> tuple[dict[str, torch.Tensor], tor
 
     rule, codec = scheme(grid), BaseCompressor.get_value_from_registry(FORMAT)
     full = weight.float()
-    groups = full.unflatten(1, (-1, grid.group_size or full.shape[1]))  # [out, groups, group]
+    groups = full.view(full.shape[0], -1, grid.group_size or full.shape[1])  # [out, groups, group]
     scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), rule.weights)
     # A reload casts scales to the model's dtype: round to both first, so that weights are rounded against what is used.
     rounded = scale.to(weight.dtype)
@@ -102,7 +103,7 @@ def unpacked(module: nn.Module) -> nn.Linear:
     return linear.train(module.training)
 
 
-def open_packed(model: nn.Module, make: Any = unpacked) -> None:
+def open_packed(model: nn.Module, make: Callable[[nn.Module], nn.Module] = unpacked) -> None:
     """Replaces every layer that transformers loaded as compressed-tensors by `make(layer)`.
 
     Without it the first forward decompresses all layers and leaves a wrapper around each.

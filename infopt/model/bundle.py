@@ -55,5 +55,5 @@ def _plain(tensor: Any) -> Iterator[torch.Tensor]:
 def _hidden(model: Any) -> Iterator[torch.Tensor]:
     """Weights that torch's dynamic int8 layers hold outside of parameters and buffers."""
     for module in model.modules():
-        if hasattr(module, "_weight_bias"):
+        if type(module).__name__ == "LinearPackedParams":
             yield from (tensor for tensor in module._weight_bias() if tensor is not None)

@@ -7,14 +7,17 @@ that a recipe can be checked in milliseconds.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from infopt.needs import Needs
 from infopt.protocols import Context, Machine, Prediction, Shapes
 
-__all__ = ["Needs", "Options", "Technique"]
+__all__ = ["Modules", "Needs", "Options", "Technique"]
+
+Modules = Annotated[tuple[str, ...], Field(strict=False)]
+"""Names of modules, as globs over dotted names or as last parts; a list in YAML."""
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
@@ -22,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class Options(BaseModel):
-    """Base of every technique's options: frozen, and unknown keys are refused."""
+    """Base of every technique's options: frozen, unknown keys and wrong types are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Technique:

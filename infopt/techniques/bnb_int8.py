@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -10,6 +12,9 @@ from infopt.layers import grid
 from infopt.model.plan import LoadPlan
 from infopt.protocols import Machine, Prediction, Shapes
 from infopt.techniques.base import Needs, Options, Technique
+
+if TYPE_CHECKING:
+    from infopt.model.bundle import Bundle
 
 
 class BnbInt8Options(Options):
@@ -32,11 +37,16 @@ class BnbInt8(Technique):
     options: BnbInt8Options
 
     def plan(self, plan: LoadPlan) -> LoadPlan:
-        from transformers import BitsAndBytesConfig
 
-        return replace(
-            plan, quantization_config=BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=self.options.threshold)
-        )
+        import transformers
+
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a cast at every product
+        make: Any = transformers.BitsAndBytesConfig  # untyped
+        return replace(plan, quantization_config=make(load_in_8bit=True, llm_int8_threshold=self.options.threshold))
+
+    def reopen(self, bundle: Bundle) -> Bundle:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        return bundle
 
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
         """One byte a weight and a float32 scale a row; each layer is quantized as it is read."""

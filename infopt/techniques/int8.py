@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from infopt.layers import grid
 from infopt.layers.grid import Grid
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import Needs, Options, Technique
+from infopt.techniques.base import Modules, Needs, Options, Technique
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
 
 #: bfloat16 scales, because the fast product takes its scales in bfloat16: weights are rounded against what is used.
 GRID = Grid(bits=8, group_size=None, symmetric=True, scale_dtype="bfloat16")
+
+
 class Int8Options(Options):
     activations: Literal["none", "group"] = "none"
     activation_group: int = Field(default=64, ge=8)
-    ignore: list[str] = ["lm_head"]
+    ignore: Modules = ("lm_head",)
 
 
 class Int8(Technique):
@@ -47,7 +49,7 @@ class Int8(Technique):
 
     Options = Int8Options
     needs = Needs(modules=("compressed_tensors",))
-    neutral = {"ignore": ["*"]}
+    neutral: ClassVar = {"ignore": ["*"]}
     options: Int8Options
 
     def __init__(self, options: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infopt.errors import MissingNeedError
 from infopt.layers import grid
@@ -38,22 +38,24 @@ class Int8Naive(Technique):
     options: Int8NaiveOptions
 
     def plan(self, plan: LoadPlan) -> LoadPlan:
-        if plan.device != "cpu":
-            raise MissingNeedError(
-                f"int8_naive runs on the CPU only, and this run is on {plan.device}", hint="--device cpu, or the int8 recipe"
-            )
+        _require_cpu(plan.device)
         return replace(plan, dtype="float32")
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         import torch
 
+        _require_cpu(bundle.device.type)
+        model: Any = bundle.model
+        model.float()  # the packed layers take nothing else
+        quantize_dynamic: Any = torch.ao.quantization.quantize_dynamic  # untyped
         names = {name for name, module in bundle.model.named_modules() if type(module) is torch.nn.Linear}
         if not self.options.head:
             names.discard(grid.HEAD)
         with warnings.catch_warnings():
-            # torch announces that this API moves to torchao; it is the subject of this technique.
+            # torch announces that this API moves to torchao and that quantized tensors go; both are this technique's subject.
             warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated", category=DeprecationWarning)
-            torch.ao.quantization.quantize_dynamic(bundle.model, names, dtype=torch.qint8, inplace=True)
+            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", category=UserWarning)
+            quantize_dynamic(bundle.model, names, dtype=torch.qint8, inplace=True)
         return bundle
 
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
@@ -61,8 +63,14 @@ class Int8Naive(Technique):
         layers = [*shapes.linear.values(), *([shapes.head] if shapes.head and self.options.head else [])]
         packed = sum(Grid(8).stored_bytes(shape, 4) for shape in layers)
         rate = machine.read_bytes_per_s
-        seconds = 4 * sum(out * inner for out, inner in layers) * 4 / rate if rate else None
+        seconds = sum(out * inner for out, inner in layers) * grid.TRAFFIC_BYTES / rate if rate else None
         return replace(before, peak_bytes=max(before.peak_bytes, 4 * shapes.parameters + packed), seconds=seconds)
+
+
+def _require_cpu(device: str) -> None:
+    if device != "cpu":
+        message = f"int8_naive runs on the CPU only, and this model is on {device}"
+        raise MissingNeedError(message, hint="--device cpu, or the int8 recipe")
 
 
 TECHNIQUE = Int8Naive

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from infopt.layers import grid
 from infopt.model.plan import LoadPlan
@@ -12,6 +13,8 @@ from infopt.techniques.base import Needs, Options, Technique
 
 #: Fixed by transformers: weights per scale, and scales per second-level scale.
 BLOCK, NESTED_BLOCK = 64, 256
+#: Bytes stored per layer beside weights and scales: the 16 levels, a description, and double_quant's 256 levels.
+LAYER_BYTES, NESTED_LAYER_BYTES = 160, 1100
 
 
 class Nf4Options(Options):
@@ -37,9 +40,11 @@ class Nf4(Technique):
     options: Nf4Options
 
     def plan(self, plan: LoadPlan) -> LoadPlan:
-        from transformers import BitsAndBytesConfig
+        import transformers
 
-        config = BitsAndBytesConfig(
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that downloads kernels
+        make: Any = transformers.BitsAndBytesConfig  # untyped
+        config = make(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.options.quant_type,
             bnb_4bit_use_double_quant=self.options.double_quant,
@@ -48,10 +53,11 @@ class Nf4(Technique):
         return replace(plan, quantization_config=config)
 
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
-        """Half a byte a weight and a scale a block; each layer is quantized as it is read."""
+        """Half a byte a weight, a scale a block, and the levels; each layer is quantized as it is read."""
         scale = 1 + 4 / NESTED_BLOCK if self.options.double_quant else 4
         element = before.weights_bytes / shapes.parameters
         stored = before.weights_bytes - round(shapes.linear_parameters * (element - 0.5 - scale / BLOCK))
+        stored += len(shapes.linear) * (LAYER_BYTES + (NESTED_LAYER_BYTES if self.options.double_quant else 0))
         return grid.predict_load(shapes, stored, before, machine)
 
 

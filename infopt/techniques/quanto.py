@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from infopt.layers import grid
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import Needs, Options, Technique
+from infopt.techniques.base import Modules, Needs, Options, Technique
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 class QuantoOptions(Options):
     weights: Literal["int8", "int4", "float8"] = "int8"
-    ignore: list[str] = ["lm_head"]
+    ignore: Modules = ("lm_head",)
 
 
 class Quanto(Technique):
@@ -34,7 +34,7 @@ class Quanto(Technique):
 
     Options = QuantoOptions
     needs = Needs(modules=("optimum.quanto",), compiler=True)
-    neutral = {"ignore": ["*"]}
+    neutral: ClassVar = {"ignore": ["*"]}
     at_load = True
     options: QuantoOptions
 
@@ -68,7 +68,9 @@ class Quanto(Technique):
         layers = grid.chosen(shapes, self.options.ignore).values()
         weights = sum(out * inner for out, inner in layers)
         rate = machine.read_bytes_per_s
-        return replace(before, peak_bytes=before.peak_bytes + 2 * weights, seconds=weights * 60 / rate if rate else None)
+        return replace(
+            before, peak_bytes=before.peak_bytes + 2 * weights, seconds=weights * grid.TRAFFIC_BYTES / rate if rate else None
+        )
 
 
 TECHNIQUE = Quanto

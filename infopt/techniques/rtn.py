@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from infopt.layers import grid
 from infopt.layers.grid import Grid, ScaleDType
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import Needs, Options, Technique
+from infopt.techniques.base import Modules, Needs, Options, Technique
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
+
 
 class RtnOptions(Options):
     bits: Literal[4, 8] = 4
     group_size: int | None = Field(default=64, ge=8)
     symmetric: bool = True
     scale_dtype: ScaleDType = "auto"
-    ignore: list[str] = ["lm_head"]
+    ignore: Modules = ("lm_head",)
 
 
 class Rtn(Technique):
@@ -45,7 +46,7 @@ class Rtn(Technique):
 
     Options = RtnOptions
     needs = Needs(modules=("compressed_tensors",))
-    neutral = {"ignore": ["*"]}
+    neutral: ClassVar = {"ignore": ["*"]}
     options: RtnOptions
 
     @property
@@ -55,7 +56,9 @@ class Rtn(Technique):
 
     def check(self, shapes: Shapes, path: str) -> None:
         grid.check_ignore(shapes, self.options.ignore, path)
-        grid.check_groups(grid.chosen(shapes, self.options.ignore), self.options.group_size, f"{path}.group_size")
+        layers = grid.chosen(shapes, self.options.ignore)
+        grid.check_groups(layers, self.options.group_size, f"{path}.group_size")
+        grid.check_zero_points(layers, self._grid, path)
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.layers import packing
