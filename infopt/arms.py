@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infopt import artifact, recipe, techniques
-from infopt.errors import InputError
+from infopt import artifact, engines, recipe, techniques
+from infopt.errors import InputError, RecipeError, unknown
 from infopt.recipe import Recipe
 
 
@@ -40,6 +40,14 @@ def split(text: str) -> tuple[str, str | None]:
     return (model, name) if colon and model and not Path(text).exists() else (text, None)
 
 
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The checked recipe of a file or name, its engine included. Raises RecipeError."""
+    chosen = recipe.load(name, techniques.find, overrides)
+    if chosen.engine.name not in engines.names():
+        raise RecipeError("engine.name", unknown("engine", chosen.engine.name, engines.names()))
+    return chosen
+
+
 def spec(model: str, recipe_name: str | None, overrides: Sequence[str] = (), dtype: str | None = None) -> ArmSpec:
     """The arm of a model and a recipe (default: `baseline`, or an artifact's own). Raises InputError.
 
@@ -48,15 +56,15 @@ def spec(model: str, recipe_name: str | None, overrides: Sequence[str] = (), dty
     overrides = [*overrides, f"engine.dtype={dtype}"] if dtype else list(overrides)
     folder = Path(model)
     if not artifact.is_artifact(folder):
-        chosen = recipe.load(recipe_name or "baseline", techniques.find, overrides)
+        chosen = load_recipe(recipe_name or "baseline", overrides)
         label = chosen.name if recipe_name else _short(model)
         return ArmSpec(label, model, chosen)
     if recipe_name is None:
-        own = recipe.load(str(folder / "recipe.yaml"), techniques.find, overrides)
-        if overrides and own.steps != recipe.load(str(folder / "recipe.yaml"), techniques.find).steps:
+        own = load_recipe(str(folder / "recipe.yaml"), overrides)
+        if overrides and own.steps != load_recipe(str(folder / "recipe.yaml")).steps:
             raise _already(folder, "--set would change its weights again", "")
         return ArmSpec(folder.name, model, own, is_artifact=True)
-    chosen = recipe.load(recipe_name, techniques.find, overrides)
+    chosen = load_recipe(recipe_name, overrides)
     if chosen.steps:
         raise _already(folder, f"recipe {chosen.name!r} would change its weights again", f":{recipe_name}")
     return ArmSpec(f"{folder.name}:{chosen.name}", model, chosen, is_artifact=True)

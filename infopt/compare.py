@@ -261,7 +261,9 @@ def compare_stored(
     folders: Sequence[Path], *, gates: tuple[Gate, ...] | None, is_strict: bool, across_versions: bool = False
 ) -> Comparison:
     """Two or more results, against the first. Raises NotComparableError when the baseline is missing."""
-    if not (folders[0] / "run.json").exists():
+    if len(folders) < 2:
+        raise InputError(f"{folders[0]}: one result is nothing to compare", hint="infopt results show shows it")
+    if not _is_begun(folders[0]):
         raise NotComparableError(f"{folders[0]}: no baseline result there", hint="infopt bench … --self-test makes one")
     runs = [_complete(folder) for folder in folders]
     evidence = [_stored_evidence(run, folder) for run, folder in zip(runs, folders, strict=True)]
@@ -308,6 +310,8 @@ def mismatch(baseline: Run, candidate: Run, across_versions: bool) -> str | None
 
 
 def _complete(folder: Path) -> Run:
+    if (folder / "compare.json").is_file():
+        raise InputError(f"{folder}: a comparison, not a run", hint=f"give its arms: {folder / 'arms'}/NAME")
     run = result.read_run(folder)
     if not run.is_complete:
         raise InputError(f"{folder}: this run is not complete ({run.incomplete_reason})", hint="run the bench again")
@@ -326,7 +330,7 @@ def _distinct(labels: Sequence[str]) -> list[str]:
 def is_stored(texts: Sequence[str]) -> bool:
     """Whether the arguments are results folders. Raises InputError when results and models are mixed."""
     stored = [text for text in texts if (Path(text) / "run.json").is_file()]
-    models = [text for text in texts if text not in stored and not _looks_stored(Path(text))]
+    models = [text for text in texts if text not in stored and not _looks_stored(text, is_beside_stored=bool(stored))]
     if stored and models:
         raise InputError(
             f"{stored[0]} is a stored result and {models[0]} a model; compare results with results, or models with models",
@@ -335,9 +339,16 @@ def is_stored(texts: Sequence[str]) -> bool:
     return not models
 
 
-def _looks_stored(folder: Path) -> bool:
-    """A results folder without its `run.json`: cut off, or a baseline that is gone."""
-    return (folder / "samples.jsonl").is_file() or folder.parent.name == "results"
+def _looks_stored(text: str, is_beside_stored: bool) -> bool:
+    """A results folder without its `run.json`: cut off, a comparison, or a baseline that is gone."""
+    folder = Path(text)
+    if ":" in text or (folder / "config.json").is_file():
+        return False
+    return _is_begun(folder) or folder.parent.name == "results" or (is_beside_stored and "/" in text and not folder.exists())
+
+
+def _is_begun(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("run.json", "samples.jsonl", "compare.json"))
 
 
 def write_comparison(document: Comparison, folder: Path) -> None:

@@ -91,7 +91,7 @@ def _recipes() -> list[Finding]:
     found = []
     for name in recipe.shipped():
         chosen = recipe.load(name, techniques.find)
-        lacking = [need for step in chosen.steps if (need := needs.missing_need(techniques.find(step.name).needs))]
+        lacking = [need for step in chosen.steps if (need := needs.missing_need(techniques.find(step.name)(step.options).needs))]
         if lacking:
             found.append(Finding(f"recipe {name}", "missing", lacking[0].message, lacking[0].hint))
     ready = len(recipe.shipped()) - len(found)

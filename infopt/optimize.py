@@ -23,7 +23,7 @@ from infopt.data import texts
 from infopt.errors import InputError, LoadBackError
 from infopt.measure import memory
 from infopt.model import atomic, cache, load, reference, save, shapes
-from infopt.protocols import Context, Prediction, Progress
+from infopt.protocols import Context, Progress
 from infopt.recipe import EngineSection, Recipe
 from infopt.result import dump
 from infopt.settings import LoadOptions
@@ -34,55 +34,6 @@ if TYPE_CHECKING:
 
     from infopt.model.bundle import Bundle
     from infopt.model.reference import ModelReference
-
-PROBE_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What `--dry-run` prints. `steps` starts with loading; `disk_bytes` is the artifact."""
-
-    reference: str
-    recipe: str
-    steps: tuple[tuple[str, Prediction], ...]
-    stored_bytes: int
-    disk_bytes: int
-    free_disk_bytes: int
-    free_memory_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        return max(prediction.peak_bytes for _, prediction in self.steps)
-
-    @property
-    def seconds(self) -> float | None:
-        parts = [prediction.seconds for _, prediction in self.steps]
-        known = [part for part in parts if part is not None]
-        return sum(known) if len(known) == len(parts) else None
-
-
-def forecast(model: str, chosen: Recipe, out: Path, options: LoadOptions) -> Forecast:
-    """Peak memory, disk and seconds per step, from shapes and this machine's measured peaks; no weight is read."""
-    import psutil
-
-    ref = pipeline.resolve(model, options)
-    device = pipeline.device_name(options.device)
-    machine = pipeline.machine(device, pipeline.set_threads(options.threads))
-    stored = shapes.stored_bytes(ref)
-    rows = pipeline.predict(chosen, shapes.shapes(ref), stored, machine)
-    final = rows[-1][1].weights_bytes
-    found = pipeline.build_techniques(chosen, shapes.shapes(ref))
-    first = pipeline.first_at_load(chosen, found)
-    disk = final if first == len(found) else rows[first][1].weights_bytes
-    return Forecast(
-        reference=model,
-        recipe=chosen.name,
-        steps=tuple(rows),
-        stored_bytes=stored,
-        disk_bytes=disk,
-        free_disk_bytes=atomic.free_bytes(out.absolute()),
-        free_memory_bytes=machine.memory_bytes if device != "cpu" and machine.memory_bytes else psutil.virtual_memory().available,
-    )
 
 
 def optimize(model: str, chosen: Recipe, out: Path, options: LoadOptions, progress: Progress = lambda line: None) -> Artifact:
@@ -220,10 +171,10 @@ class _Build:
 
 
 def probe_ids(bundle: Bundle) -> torch.Tensor:
-    """[1, PROBE_TOKENS] tokens of the bundled evaluation text."""
+    """[1, tokens] of the first of the bundled evaluation text."""
     import torch
 
-    ids = bundle.tokenizer(texts.read_text("bundled", "evaluation")[:4000], verbose=False)["input_ids"][:PROBE_TOKENS]
+    ids = bundle.tokenizer(texts.read_text("bundled", "evaluation")[:4000], verbose=False)["input_ids"][: pipeline.PROBE_TOKENS]
     return torch.tensor([ids])
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
     from infopt.model.reference import ModelReference
 
+PROBE_TOKENS = 64
+"""Length of the text on which a saved model is compared with the one that was made."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -86,13 +88,10 @@ def as_stored(chosen: Recipe) -> Recipe:
     return replace(chosen, engine=chosen.engine.model_copy(update={"dtype": "auto"}))
 
 
-def predict(chosen: Recipe, model_shapes: Shapes, stored_bytes: int, machine: Machine) -> list[tuple[str, Prediction]]:
-    """What loading and every step will cost, by name, before any weight is read."""
-    dtype = chosen.engine.dtype
-    held = stored_bytes if dtype == "auto" else model_shapes.parameters * ELEMENT_BYTES[dtype]
-    seconds = (stored_bytes + held) / machine.read_bytes_per_s if machine.read_bytes_per_s else None
-    state = Prediction(weights_bytes=held, peak_bytes=held + stored_bytes // 8, seconds=seconds)
-    rows = [("load", state)]
+def predict(chosen: Recipe, model_shapes: Shapes, loaded: Prediction, machine: Machine) -> list[tuple[str, Prediction]]:
+    """What every step will cost, by name, from the model as `loaded`."""
+    rows = []
+    state = loaded
     for technique, step in zip(build_techniques(chosen, model_shapes), chosen.steps, strict=True):
         state = technique.predict(model_shapes, state, machine)
         rows.append((step.name, state))

@@ -41,6 +41,7 @@ class WorkerProcess:
             env=worker_environment(threads),
             text=True,
             encoding="utf-8",
+            errors="replace",
         )
 
     def call(self, command: str, on_event: Callable[[Event], None] = lambda event: None, **arguments: Any) -> Any:

@@ -28,7 +28,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infopt.errors import InputError, RecipeError, unknown
-from infopt.gates import Gate, UniqueKeys, parse_gates
+from infopt.figures import all_keys
+from infopt.gates import CONDITIONS, Gate, UniqueKeys, parse_gates
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 SHIPPED = Path(__file__).parent / "recipes"
@@ -179,7 +180,7 @@ def parse(document: Any, find: FindTechnique, *, source: str = "", default_name:
     for key in document:
         if key not in _KEYS:
             raise RecipeError(str(key), unknown("key", str(key), _KEYS), hint="infopt recipes schema prints the grammar")
-    if document.get("version") is not 1:
+    if type(document.get("version")) is not int or document["version"] != 1:
         raise RecipeError(
             "version", f"found {_shown(document.get('version'))}; allowed: 1", hint="start the file with `version: 1`"
         )
@@ -215,7 +216,7 @@ def section(value: Any, model: type[S], path: str) -> S:
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         key = str(first["loc"][0]) if first["loc"] else ""
         where = f"{path}.{key}" if key else path
-        if first["type"] == "extra_forbidden":
+        if first["type"] in ("extra_forbidden", "invalid_key"):
             raise RecipeError(where, unknown("key", key, model.model_fields) + more) from None
         if first["type"] == "missing":
             raise RecipeError(where, f"is missing{more}", hint=f"allowed: {_allowed(model, key)}") from None
@@ -238,6 +239,7 @@ def _allowed(model: type[BaseModel], key: str) -> str:
             "number": "a number",
             "boolean": "true or false",
             "string": "text",
+            "array": "a list",
             "null": "null",
         }.get(option.get("type", ""), str(option.get("type", "a value")))
         bounds = [(k, s) for k, s in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))]
@@ -304,6 +306,8 @@ def _override(document: dict[str, Any], text: str) -> None:
         raise InputError(f"--set {text!r}: the value is not valid YAML") from None
     if parts[0] == "gates" and len(parts) > 3:
         parts = ["gates", ".".join(parts[1:-1]), parts[-1]]  # figure keys hold a dot: gates.tpot_s.p50.max_regress
+    if parts[0] == "steps" and len(parts) > 1 and document.get("steps") is None:
+        document["steps"] = []
     node: Any = document
     for depth, part in enumerate(parts[:-1]):
         where = ".".join(parts[: depth + 1])
@@ -356,8 +360,9 @@ def schema(techniques: Mapping[str, Any]) -> dict[str, Any]:
         "additionalProperties": {
             "type": "object",
             "additionalProperties": False,
-            "properties": dict.fromkeys(("max_regress", "min_improve", "max_drop", "max", "min"), condition),
+            "properties": dict.fromkeys(CONDITIONS, condition),
         },
+        "propertyNames": {"enum": all_keys()},
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -123,12 +123,11 @@ class OpenArm:
     def finish(self, machine: dict[str, Any]) -> dict[str, Any]:
         """Figures that need the whole run. `machine`: the best peaks that any worker of this command measured."""
         element = pipeline.ELEMENT_BYTES[str(self.bundle.model.dtype).removeprefix("torch.")]
-        touched = roofline.touched_weight_bytes(self.shapes, self._weights_run(), element)
         found, limits = roofline.shares_of_limit(
             self.samples,
             self.shapes,
             Machine(**machine),
-            weights_bytes=touched,
+            weights_bytes=self._touched_bytes(element),
             kv_element_bytes=element,
             dtype=str(self.bundle.model.dtype).removeprefix("torch."),
         )
@@ -137,13 +136,16 @@ class OpenArm:
         found |= self.memory.values()
         return {"figures": {key: each.model_dump() for key, each in found.items()}, "limits": limits}
 
-    def _weights_run(self) -> int:
-        """Bytes of weights that a step works on: as stored, or as predicted for steps that no file holds."""
-        stored = shapes.stored_bytes(self.reference)
+    def _touched_bytes(self, element: int) -> int:
+        """Bytes of weights that a step reads: as stored, or as held in memory where steps ran at load."""
         found = pipeline.build_techniques(self.spec.recipe, self.shapes)
         if pipeline.first_at_load(self.spec.recipe, found) == len(found):
-            return stored
-        return pipeline.predict(self.spec.recipe, self.shapes, stored, self.machine)[-1][1].weights_bytes
+            return roofline.touched_weight_bytes(self.shapes, shapes.stored_bytes(self.reference), element)
+        model: Any = self.bundle.model
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+        is_tied = getattr(head, "weight", None) is embedding
+        gathered = 0 if is_tied else int(embedding.numel()) * int(embedding.element_size())
+        return self.bundle.resident_bytes() - gathered
 
     def _tokenise(self, batch: Any) -> None:
         for text in self._texts(batch):

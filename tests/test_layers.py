@@ -30,7 +30,7 @@ LEVELS: list[list[str]] = [
     ["techniques", "engines", "measure", "quality"],
     ["arms", "judging", "process"],
     ["arm_run", "pipeline"],
-    ["assess", "bench", "doctor", "inspect", "models", "optimize", "results"],
+    ["assess", "bench", "doctor", "forecast", "inspect", "models", "optimize", "results"],
     ["compare", "generate", "worker"],
     ["demo"],
     ["cli"],

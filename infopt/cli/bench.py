@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -59,11 +60,12 @@ def bench(
     """Measure one model under one recipe: time, memory, energy, cost, quality, distance from the hardware's limit."""
     from infopt import arms
     from infopt.bench import bench as measure
-    from infopt.cli.workload import objectives, quality_settings, workloads
+    from infopt.cli.workload import check_price, objectives, quality_settings, workloads
     from infopt.settings import LoadOptions, Settings
 
     spec = arms.spec(model, recipe, overrides or (), dtype)
     shapes = workloads(prompt, new, batch, requests, workload)
+    check_price(price_per_hour, utilisation)
     settings = Settings(
         price_per_hour=price_per_hour,
         utilisation=utilisation,
@@ -78,7 +80,7 @@ def bench(
     with reporting(quiet, verbose) as progress:
         for number, shape in enumerate(shapes):
             # Quality does not depend on the shape: once is enough.
-            chosen = settings if number == 0 else Settings(**{**vars(settings), "quality": None})
+            chosen = settings if number == 0 else replace(settings, quality=None)
             runs.append(
                 measure(spec, shape, options, chosen, blocks=blocks, results=results, self_test=self_test, progress=progress)
             )

@@ -71,7 +71,7 @@ def compare(
         )
     else:
         from infopt.arms import parse
-        from infopt.cli.workload import quality_settings, workloads
+        from infopt.cli.workload import check_price, quality_settings, workloads
         from infopt.settings import LoadOptions, Settings
 
         default = use_case.GATE_PAIRS if gate else use_case.QUICK_PAIRS
@@ -83,6 +83,7 @@ def compare(
             gates=chosen,
             is_strict=strict,
         )
+        check_price(price_per_hour, utilisation)
         settings = Settings(
             price_per_hour=price_per_hour,
             utilisation=utilisation,
@@ -112,6 +113,7 @@ def finish(document: object, folder: Path | None, junit: Path | None, as_json: b
     if junit is not None:
         from infopt.report.junit import junit_xml
 
+        junit.parent.mkdir(parents=True, exist_ok=True)
         junit.write_text(junit_xml(document), encoding="utf-8")
     if as_json:
         from infopt.result import dump

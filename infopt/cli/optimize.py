@@ -39,7 +39,9 @@ def optimize(
     from infopt import optimize as use_case
 
     if dry_run:
-        _print_forecast(use_case.forecast(model, spec.recipe, target, options), as_json)
+        from infopt.forecast import forecast
+
+        _print_forecast(forecast(model, spec.recipe, target, options), as_json)
         return
     with reporting(quiet, verbose) as progress:
         made = use_case.optimize(model, spec.recipe, target, options, progress)
@@ -62,7 +64,7 @@ def _print_forecast(found: object, as_json: bool) -> None:
     from dataclasses import asdict
 
     from infopt import units
-    from infopt.optimize import Forecast
+    from infopt.forecast import Forecast
 
     assert isinstance(found, Forecast)
     if as_json:
@@ -73,7 +75,7 @@ def _print_forecast(found: object, as_json: bool) -> None:
     typer.echo(f"{found.reference}, recipe {found.recipe}: a forecast from shapes and this machine's measured peaks")
     for name, step in found.steps:
         typer.echo(
-            f"  {name:<12} {units.duration(step.seconds):>10}   peak memory {units.size(step.peak_bytes):>9}   "
+            f"  {name:<14} {units.duration(step.seconds):>10}   peak memory {units.size(step.peak_bytes):>9}   "
             f"weights {units.size(step.weights_bytes):>9}"
         )
     room = "fits" if found.peak_bytes < found.free_memory_bytes else "DOES NOT FIT"

@@ -41,14 +41,14 @@ def show(name: Name, resolved: Annotated[bool, typer.Option(help="With every def
 @app.command()
 def check(names: Annotated[list[str], typer.Argument(help="Recipe files or names.")], overrides: Set = None) -> None:
     """Check recipes: grammar, techniques, options, gates, and what they need of this machine."""
-    from infopt import recipe, techniques
+    from infopt import arms, techniques
     from infopt.errors import MissingNeedError
     from infopt.needs import missing_need
 
     for name in names:
-        found = recipe.load(name, techniques.find, overrides or ())
+        found = arms.load_recipe(name, overrides or ())
         for index, step in enumerate(found.steps):
-            lacking = missing_need(techniques.find(step.name).needs)
+            lacking = missing_need(techniques.find(step.name)(step.options).needs)
             if lacking:
                 raise MissingNeedError(f"{name}: {found.place(index)}: {lacking.message}", hint=lacking.hint)
         typer.echo(f"{name}: ok")

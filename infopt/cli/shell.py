@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from infopt.errors import Exit, InfoptError
+from infopt.errors import Exit, InfoptError, Terminated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,22 +29,41 @@ class Shell(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with terminable():
+                return super().invoke(ctx)
         except InfoptError as error:
             fail(str(error), error.hint)
             raise typer.Exit(int(error.exit_code)) from None
         except KeyboardInterrupt as error:
-            terminated = type(error).__name__ == "Terminated"
-            fail("terminated" if terminated else "interrupted", "what was measured so far is in the results folder")
+            terminated = isinstance(error, Terminated)
+            fail("terminated" if terminated else "interrupted", "samples measured so far are in the results folder")
             raise typer.Exit(int(Exit.TERMINATED if terminated else Exit.INTERRUPTED)) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader left, as `| head` does
             raise typer.Exit(int(Exit.FAILED)) from None
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            if error.strerror is None:
                 raise
-            fail(f"{error.filename or 'writing'}: {error.strerror}", "free some space, or choose another folder")
+            hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another file or folder"
+            fail(f"{error.filename or 'writing'}: {error.strerror}", hint)
             raise typer.Exit(int(Exit.FAILED)) from None
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C, so that nothing half-written stays and nothing measured is lost."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def fail(message: str, hint: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,11 +47,20 @@ def objectives(texts: Sequence[str]) -> dict[str, float]:
         try:
             found[name.strip()] = float(number)
         except ValueError:
-            raise InputError(f"--slo {text!r}: allowed: FIGURE=SECONDS", hint="--slo ttft_s=0.5") from None
+            found[name.strip()] = math.nan
+        if not 0 < found[name.strip()] < math.inf:
+            raise InputError(f"--slo {text!r}: allowed: FIGURE=SECONDS, above 0", hint="--slo ttft_s=0.5")
     from infopt.measure.latency import goodput
 
     goodput((), found)  # refuses names that are no objective
     return found
+
+
+def check_price(price_per_hour: float | None, utilisation: float) -> None:
+    """Refuses, before anything runs, what no cost can be computed from. Raises InputError."""
+    from infopt.measure.cost import usd_per_mtok
+
+    usd_per_mtok(1.0 if price_per_hour is None else price_per_hour, 1.0, utilisation)
 
 
 def quality_settings(text: Path | None, checks: Path | None, tasks: Path | None) -> QualitySettings:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from infopt.errors import InputError
 from infopt.measure.value import value
 from infopt.result import Value
@@ -9,7 +11,7 @@ from infopt.result import Value
 
 def usd_per_mtok(price_per_hour: float, tok_per_s: float, utilisation: float = 1.0) -> float:
     """price per hour ÷ 3600 ÷ tok/s × 10⁶ ÷ utilisation. `utilisation` in (0, 1]. Raises InputError."""
-    if not price_per_hour > 0:
+    if not 0 < price_per_hour < math.inf:
         raise InputError(f"price per hour is {price_per_hour}; allowed: above 0")
     if not 0 < utilisation <= 1:
         raise InputError(f"utilisation is {utilisation}; allowed: above 0, up to 1")

@@ -91,11 +91,14 @@ def _reason(judgements: Sequence[Judgement]) -> str:
 
 
 def notes(comparison: Comparison) -> tuple[str, ...]:
-    """What the judgements say about themselves, once each, with the arms it holds for."""
+    """What the judgements on gates say about themselves, once each, with the arms it holds for.
+
+    Figures that only inform have their smallest visible change in the table beside them.
+    """
     found: dict[tuple[str, str], list[str]] = {}
     for arm in comparison.candidates:
         for each in () if arm.error else comparison.judgements.get(arm.label, ()):
-            if each.note and each.verdict is not Verdict.NOT_COMPARABLE:
+            if each.note and each.gate and each.verdict is not Verdict.NOT_COMPARABLE:
                 found.setdefault((each.figure, each.note), []).append(arm.label)
     return tuple(f"{figure} ({', '.join(dict.fromkeys(labels))}): {note}" for (figure, note), labels in found.items())
 

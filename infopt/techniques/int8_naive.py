@@ -25,7 +25,7 @@ class Int8Naive(Technique):
     """`torch.ao.quantization.quantize_dynamic`: int8 weights and activations, one scale per tensor for each.
 
     One scale per weight matrix and one for all tokens of a step: a few outlier features set the scale and the others
-    round to almost nothing (LLM.int8(), arXiv 2208.07339, section 3). It ships so that a quality gate has something
+    round to almost nothing (LLM.int8(), arXiv 2208.07339, section 4). It ships so that a quality gate has something
     to catch. CPU only, in float32; the loaded dtype is float32 whatever the recipe says.
 
     head  whether the output head is quantized too, default true: faster and worse.

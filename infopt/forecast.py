@@ -1,0 +1,120 @@
+"""`infopt optimize --dry-run`: what it will cost, before any weight is read.
+
+Bytes follow from the model's shapes. Seconds follow from rates measured on this machine: reading memory, matrix products,
+building the modules without weights, writing to the disk in question. A forecast, not a promise: it knows nothing of what
+libraries do besides.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infopt import pipeline
+from infopt.model import atomic, shapes
+from infopt.protocols import Machine, Prediction, Shapes
+from infopt.recipe import Recipe
+from infopt.settings import LoadOptions
+
+DISK_PROBE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """`steps`: loading, each step, saving and checking. `peak_bytes` of each counts this process as it is now."""
+
+    reference: str
+    recipe: str
+    steps: tuple[tuple[str, Prediction], ...]
+    stored_bytes: int
+    disk_bytes: int
+    free_disk_bytes: int
+    free_memory_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(prediction.peak_bytes for _, prediction in self.steps)
+
+    @property
+    def seconds(self) -> float | None:
+        parts = [prediction.seconds for _, prediction in self.steps]
+        known = [part for part in parts if part is not None]
+        return sum(known) if len(known) == len(parts) else None
+
+
+def forecast(model: str, chosen: Recipe, out: Path, options: LoadOptions) -> Forecast:
+    """Peak memory, disk and seconds per step. Raises InputError for what `optimize` would refuse."""
+    import psutil
+
+    ref = pipeline.resolve(model, options)
+    device = pipeline.device_name(options.device)
+    machine = pipeline.machine(device, pipeline.set_threads(options.threads))
+    shapes.shapes(ref)
+    start = time.perf_counter()
+    found = shapes.shapes(ref)
+    construct_s = time.perf_counter() - start
+    stored = shapes.stored_bytes(ref)
+    load = _load(chosen, found, stored, machine, construct_s)
+    rows = [("load", load), *pipeline.predict(chosen, found, load, machine)]
+    first = pipeline.first_at_load(chosen, pipeline.build_techniques(chosen, found))
+    disk = rows[first][1].weights_bytes
+    rows.append(("save and check", _check(found, rows, disk, machine, construct_s, _write_rate(out))))
+    own = psutil.Process().memory_info().rss if device == "cpu" else 0
+    return Forecast(
+        reference=model,
+        recipe=chosen.name,
+        steps=tuple((name, Prediction(each.weights_bytes, each.peak_bytes + own, each.seconds)) for name, each in rows),
+        stored_bytes=stored,
+        disk_bytes=disk,
+        free_disk_bytes=atomic.free_bytes(out.absolute()),
+        free_memory_bytes=_free_memory(device) + own,
+    )
+
+
+def _load(chosen: Recipe, found: Shapes, stored: int, machine: Machine, construct_s: float) -> Prediction:
+    """Weights read once and held once, in the dtype asked for."""
+    dtype = chosen.engine.dtype
+    held = stored if dtype == "auto" else found.parameters * pipeline.ELEMENT_BYTES[dtype]
+    seconds = construct_s + (stored + held) / machine.read_bytes_per_s if machine.read_bytes_per_s else None
+    return Prediction(weights_bytes=held, peak_bytes=max(held, stored), seconds=seconds)
+
+
+def _check(
+    found: Shapes, rows: list[tuple[str, Prediction]], disk: int, machine: Machine, construct_s: float, write_rate: float
+) -> Prediction:
+    """Written once; read back by transformers and by infopt, each with one forward over the probe's tokens."""
+    read, flops = machine.read_bytes_per_s, machine.flops.get("float32")
+    dense, final = rows[0][1].weights_bytes, rows[-1][1]
+    seconds = None
+    if read and flops:
+        forward = 2 * pipeline.PROBE_TOKENS * (found.linear_parameters + found.head_parameters) / flops
+        seconds = disk / write_rate + 2 * (construct_s + (disk + dense) / read) + 3 * forward
+    return Prediction(final.weights_bytes, max(dense + disk, final.peak_bytes), seconds)
+
+
+def _write_rate(out: Path) -> float:
+    """Bytes per second that the disk under `out` takes, synchronised, from a file without a name."""
+    folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
+    block = os.urandom(2**20)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        start = time.perf_counter()
+        for _ in range(DISK_PROBE_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return DISK_PROBE_BYTES / (time.perf_counter() - start)
+
+
+def _free_memory(device: str) -> int:
+    if device == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    import torch
+
+    free: Any = torch.cuda.mem_get_info(device)[0]
+    return int(free)

@@ -1,0 +1,94 @@
+"""Every shipped recipe parses, teaches, and promises something."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infopt import figures, recipe, techniques
+from infopt.model import reference, shapes
+
+FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+every = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+ISSUED = (
+    "baseline bf16 fp16 int8 int8_naive bnb_int8 nf4 quanto_int8 quanto_int4 rtn_int4 prompt_lookup static_cache prefix_cache"
+).split()
+
+
+def document(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_promised_ones_are_there() -> None:
+    stems = {path.stem for path in FILES}
+    assert set(ISSUED) <= stems
+    assert len([path for path in FILES if "extends" in document(path)]) >= 2
+    assert stems == set(recipe.shipped())
+
+
+@every
+def test_it_parses_and_is_named_after_its_file(path: Path) -> None:
+    chosen = recipe.load(str(path), techniques.find)
+    assert chosen.name == path.stem
+    assert chosen.about.endswith(".")
+    again = recipe.parse(yaml.safe_load(chosen.as_yaml()), techniques.find)
+    assert again.as_dict() == chosen.as_dict()
+
+
+@every
+def test_it_opens_with_the_line_that_runs_it(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.stem == "baseline":
+        assert lines[0] == "# infopt bench demo -r recipes/baseline.yaml"
+    assert f"# infopt compare demo demo:recipes/{path.name}" in lines[:4]
+
+
+@every
+def test_every_knob_says_what_it_does(path: Path) -> None:
+    knobs = 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        knob = re.match(r"^ +(?:- )?([\w.]+): +\S", line)
+        if knob:
+            knobs += 1
+            assert re.search(r"  ?# .{12,}", line), f"no comment: {line.strip()}"
+    assert knobs > 0
+
+
+@every
+def test_it_cites_a_paper(path: Path) -> None:
+    if path.stem != "baseline":
+        assert re.search(r"arXiv \d{4}\.\d{4,5}", path.read_text(encoding="utf-8"))
+
+
+@every
+def test_it_gates_quality(path: Path) -> None:
+    gates = recipe.load(str(path), techniques.find).gates
+    assert any(gate.figure == "ppl_ratio" and gate.condition == "max" and gate.limit >= 1 for gate in gates)
+    assert all(figures.find(gate.figure) for gate in gates)
+
+
+@every
+def test_it_fits_the_demo_models_shapes(path: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"], vocab_size=1000, hidden_size=576, intermediate_size=1536, num_hidden_layers=1,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    (tmp_path / "model.safetensors").touch()
+    size = shapes.shapes(reference.parse(str(tmp_path)))
+    chosen = recipe.load(str(path), techniques.find)
+    for index, step in enumerate(chosen.steps):
+        techniques.find(step.name)(step.options).check(size, chosen.place(index))
+
+
+def test_combinations_keep_what_they_extend() -> None:
+    base, lookup = (recipe.load(name, techniques.find) for name in ("rtn_int4", "int4_lookup"))
+    assert lookup.steps == base.steps
+    assert lookup.speculative is not None
+    assert recipe.load("int8_prefix", techniques.find).steps == recipe.load("int8_weight_only", techniques.find).steps
