@@ -153,8 +153,8 @@ class ArmRun:
     def record(self) -> result.Arm:
         return result.Arm(
             label=self.label,
-            model=self.spec.model,
-            reference=self.facts.get("reference", self.spec.model),
+            model=self.spec.named,
+            reference=self.facts.get("reference", self.spec.named),
             reference_hash=self.facts.get("reference_hash", ""),
             recipe=self.spec.recipe.as_dict(),
             engine=self.spec.recipe.engine.name,
@@ -225,7 +225,7 @@ def prepare(specs: Sequence[ArmSpec], options: LoadOptions, worker: WorkerProces
         except InfoptError as error:
             ready.append(error)
             continue
-        ready.append(spec if folder is None else replace(spec, model=folder, is_artifact=True))
+        ready.append(spec if folder is None else replace(spec, model=folder, is_artifact=True, made_from=spec.model))
     return ready
 
 

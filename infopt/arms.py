@@ -18,12 +18,21 @@ from infopt.recipe import Recipe
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """What a worker needs to open an arm. `recipe` is resolved; an artifact's own run-time half is already in it."""
+    """What a worker needs to open an arm. `recipe` is resolved; an artifact's own run-time half is already in it.
+
+    `made_from`: what the user named, when `model` is the artifact that the cache holds for it.
+    """
 
     label: str
     model: str
     recipe: Recipe
     is_artifact: bool = False
+    made_from: str | None = None
+
+    @property
+    def named(self) -> str:
+        """The model as the user named it."""
+        return self.made_from or self.model
 
     def as_dict(self) -> dict[str, Any]:
         return {"label": self.label, "model": self.model, "recipe": self.recipe.as_dict(), "is_artifact": self.is_artifact}

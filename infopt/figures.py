@@ -103,7 +103,7 @@ def find(key: str) -> tuple[Figure, str | None]:
     name, _, statistic = key.rpartition(".")
     if name in FIGURES and FIGURES[name].sampled and statistic in STATISTICS:
         return FIGURES[name], statistic
-    raise InputError(unknown("figure", key, all_keys()), hint="METRICS in the README lists every figure")
+    raise InputError(unknown("figure", key, all_keys()), hint="docs/METRICS.md lists every figure")
 
 
 def all_keys() -> list[str]:

@@ -29,12 +29,14 @@ _DOCTOR = "infopt doctor"
 class WorkerProcess:
     """`call` sends one command and returns its answer; events on the way go to `on_event`, lines to `progress`."""
 
+    module = "infopt.worker"
+
     def __init__(self, name: str, threads: int | None = None, progress: Progress = lambda line: None) -> None:
         self.name = name
         self._progress = progress
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "infopt.worker"],
+            [sys.executable, "-m", self.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

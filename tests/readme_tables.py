@@ -1,4 +1,4 @@
-"""Renders the README's generated tables again: `python tests/readme_tables.py` rewrites them, a test compares them."""
+"""Renders the generated tables of the README and of docs/ again: `python tests/readme_tables.py`. A test compares them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from infopt import recipe, techniques
-from infopt.report.readme import TechniqueRow, read_examples, with_results, with_techniques
+from infopt.report.readme import TechniqueRow, read_examples, with_figures, with_results, with_techniques
 from infopt.techniques.base import Technique
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +35,9 @@ def row(name: str) -> TechniqueRow:
     )
 
 
+PAGES = {"README.md": render, "docs/METRICS.md": with_figures}
+
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, make in PAGES.items():
+        path = ROOT / name
+        path.write_text(make(path.read_text(encoding="utf-8")), encoding="utf-8")

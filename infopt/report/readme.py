@@ -15,6 +15,7 @@ from pathlib import Path
 from infopt import units
 from infopt.comparison import ArmResult, Comparison, read_comparison
 from infopt.errors import InputError
+from infopt.figures import FIGURES
 from infopt.judgement import Verdict
 from infopt.report import summary
 from infopt.report.markdown import cell, table
@@ -64,6 +65,15 @@ def with_techniques(readme: str, rows: Sequence[TechniqueRow]) -> str:
         for row in rows
     ]
     return _replace(readme, "techniques", table(head, cells, "lllllll"))
+
+
+def with_figures(document: str) -> str:
+    """`document` with its table of figures made again from the catalogue."""
+    cells = [
+        [f"`{figure.name}`", figure.unit, figure.better, "per request" if figure.sampled else "per run", cell(figure.about)]
+        for figure in FIGURES.values()
+    ]
+    return _replace(document, "figures", table(["figure", "unit", "better", "one value", "definition"], cells, "lllll"))
 
 
 def _link(path: str) -> str:
