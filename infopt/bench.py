@@ -16,7 +16,7 @@ from infopt import artifact, recipe, result, stats, techniques
 from infopt.arm_run import ArmRun, best_machine, ended, now_utc, prepare, run_id
 from infopt.arms import ArmSpec
 from infopt.errors import InfoptError, InputError, Terminated
-from infopt.judging import INFORMING, Evidence
+from infopt.judging import PER_BLOCK, Evidence
 from infopt.process import WorkerProcess
 from infopt.protocols import Progress
 from infopt.report import markdown
@@ -93,19 +93,16 @@ def measure_quality(
     )
 
 
-def noise_floor(first: ArmRun, second: ArmRun, keys: Sequence[str] = INFORMING) -> dict[str, float]:
-    """A/A: the standard deviation of the paired log-ratios of an arm against itself, by figure."""
+def noise_floor(first: ArmRun, second: ArmRun) -> dict[str, float]:
+    """A/A: the standard deviation of the paired log-ratios of an arm against itself, of every figure that blocks have."""
+    one, two = (Evidence(run.samples, run.blocks, run.figures, objectives=run.settings.objectives) for run in (first, second))
+    indices = one.indices()
     found = {}
-    for key in keys:
-        if not key.endswith("p50"):
-            continue
-        one, two = (Evidence(run.samples, run.blocks, run.figures) for run in (first, second))
-        indices = one.indices()
+    for key in PER_BLOCK:
         pairs = [(a, b) for a, b in zip(one.series(key, indices), two.series(key, indices), strict=True) if a and b]
-        if len(pairs) > 1:
-            deviation = stats.log_ratio_sd([a for a, _ in pairs], [b for _, b in pairs])
-            if deviation is not None:
-                found[key] = deviation
+        deviation = stats.log_ratio_sd([a for a, _ in pairs], [b for _, b in pairs]) if len(pairs) > 1 else None
+        if deviation is not None:
+            found[key] = deviation
     return found
 
 

@@ -38,7 +38,7 @@ class InfoptError(Exception):
     exit_code: Exit = Exit.FAILED
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))
         self.hint = hint
 
 

@@ -21,6 +21,10 @@ INFORMING = (
     "kld.mean", "ppl_ratio", "top1_agreement", "mc.accuracy", "behaviour.pass_share",
 )  # fmt: skip
 TAILS = ("p90", "p95", "p99")
+#: Figures that every block has its own value of.
+PER_BLOCK = tuple(
+    key for key in figures.all_keys() if figures.find(key)[0].kind in ("time", "energy") and key not in ("load_s", "first_run_s")
+)
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,10 @@ def _quality(key: str, gate: Gate | None, baseline: Evidence, candidate: Evidenc
     if found is None or found.value is None:
         reason = (found.reason if found else None) or "quality was not measured"
         return lambda alpha: undecided(key, gate, reason)
-    items = candidate.quality.get("tasks") if key in ("mc.accuracy", "mc.delta") else candidate.quality.get("behaviour")
-    if items and key in ("mc.accuracy", "mc.delta", "behaviour.pass_share"):
+    items = candidate.quality.get("behaviour" if key.startswith("behaviour") else "tasks")
+    # `mc.delta: {min: …}` limits the difference itself, not the share it is a difference of.
+    is_limit_of_difference = key == "mc.delta" and gate is not None and gate.is_absolute
+    if items and key in ("mc.accuracy", "mc.delta", "behaviour.pass_share") and not is_limit_of_difference:
         broken, fixed, kept, total = _flips(items)
         return lambda alpha: verdict.judge_accuracy(key, kept, broken, fixed, total, gate, alpha)
     judge_value = partial(verdict.judge_absolute, key, found.value, found.low, found.high, gate)

@@ -45,11 +45,18 @@ def has_cuda() -> bool:
     return bool(torch.cuda.is_available())
 
 
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is missing
+        return False
+
+
 def missing_need(needs: Needs) -> Missing | None:
     """The first thing this machine lacks, or None."""
     for module in needs.modules:
-        if importlib.util.find_spec(module.split(".")[0]) is None:
-            package = module.split(".")[0].replace("_", "-")
+        if not _is_installed(module):
+            package = module.replace(".", "-").replace("_", "-")
             return Missing(f"needs the package {package}, which is not installed", hint=f"pip install {package}")
     if needs.compiler and compiler() is None:
         return Missing("needs a C++ compiler, and none is on the PATH", hint="e.g. apt-get install g++, then infopt doctor")

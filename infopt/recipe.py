@@ -325,7 +325,9 @@ def _override(document: dict[str, Any], text: str) -> None:
             node = node[part]
         else:
             raise InputError(f"--set {text!r}: {where} is {_shown(node)}, which has no keys")
-    if not isinstance(node, dict):
+    if not isinstance(node, dict | list):
+        raise InputError(f"--set {text!r}: {'.'.join(parts[:-1])} is {_shown(node)}, which has no keys")
+    if isinstance(node, list):
         raise InputError(
             f"--set {text!r}: names a whole step; name one of its options", hint="e.g. --set steps.0.nf4.double_quant=true"
         )

@@ -14,7 +14,6 @@ from infopt.protocols import Machine, Prediction, Shapes
 ScaleDType = Literal["auto", "float32", "bfloat16", "float16"]
 USUAL_GROUPS = (16, 32, 48, 64, 96, 128, 192, 256, 512)
 HEAD = "lm_head"
-ZERO_POINTS_PER_WORD = 8  # of 4 bits in an int32
 #: Bytes moved per weight while one layer is rounded and packed, in float32 and int32; fitted to measured seconds.
 TRAFFIC_BYTES = 140
 #: Bytes held per weight of the layer at hand: float32 copies, its grid indices, and the packer's int32 and int64 buffers.
@@ -25,28 +24,25 @@ LOAD_TRAFFIC_BYTES = 600
 
 @dataclass(frozen=True)
 class Grid:
-    """`bits` per weight; one scale per `group_size` input features of a row, or per row when None (per channel).
+    """`bits` per weight, q·scale; one scale per `group_size` input features of a row, or per row when None (per channel).
 
-    symmetric: q·s. Otherwise (q − z)·s with a zero point z of `bits` per group. `scale_dtype` is what scales are
-    rounded to and stored in; `auto` is the model's dtype.
+    `scale_dtype` is what scales are rounded to and stored in; `auto` is the model's dtype.
+    Symmetric only: transformers 5.23 refuses the packed zero points that compressed-tensors 0.20 stores.
     """
 
     bits: int
     group_size: int | None = None
-    symmetric: bool = True
     scale_dtype: ScaleDType = "auto"
 
     def stored_bytes(self, shape: tuple[int, int], model_bytes: float) -> int:
-        """Bytes of one packed [out, in] weight with its scales, zero points and shape (two int64).
+        """Bytes of one packed [out, in] weight with its scales and shape (two int64).
 
-        `model_bytes`: bytes per element of the model's dtype. Words are int32, so rows and zero-point columns round up.
+        `model_bytes`: bytes per element of the model's dtype. Words are int32, so rows round up.
         """
         out, inner = shape
         groups = inner // self.group_size if self.group_size else 1
         scale = model_bytes if self.scale_dtype == "auto" else (4 if self.scale_dtype == "float32" else 2)
         words = out * math.ceil(inner * self.bits / 32)
-        if not self.symmetric:
-            words += math.ceil(out * self.bits / 32) * groups
         return 4 * words + round(out * groups * scale) + 16
 
 
@@ -75,17 +71,6 @@ def check_ignore(shapes: Shapes, ignore: Iterable[str], path: str) -> None:
             f"{path}.ignore",
             f"this model's {HEAD} shares its weight with the input embedding and cannot be packed",
             hint=f"add {HEAD} to ignore",
-        )
-
-
-def check_zero_points(layers: Mapping[str, tuple[int, int]], grid: Grid, path: str) -> None:
-    """Refuses asymmetric 4-bit layers whose zero points fit one word: compressed-tensors cannot unpack those. Raises RecipeError."""
-    small = [name for name, (out, _) in layers.items() if out <= ZERO_POINTS_PER_WORD]
-    if small and grid.bits == 4 and not grid.symmetric:
-        raise RecipeError(
-            f"{path}.symmetric",
-            f"found false, and {small[0]} has at most {ZERO_POINTS_PER_WORD} outputs, which compressed-tensors cannot unpack",
-            hint=f"add {small[0].rpartition('.')[2]} to ignore",
         )
 
 

@@ -24,9 +24,15 @@ FORMAT = "pack-quantized"
 
 
 def linears(bundle: Bundle, ignore: Iterable[str]) -> dict[str, nn.Linear]:
-    """The layers to quantize, by dotted name. Raises InputError when an earlier step has quantized the model."""
+    """The layers to quantize, by dotted name.
+
+    Raises InputError for a model that is quantized already, and for a mixture of experts: transformers loads packed
+    layers only where the experts, which are no `nn.Linear`, are packed too.
+    """
     if bundle.save_config or bundle.packed or getattr(bundle.model, "hf_quantizer", None) is not None:
         raise InputError("the model's weights are quantized already", hint="keep one quantizing step in the recipe")
+    if any(".experts." in name for name, _ in bundle.model.named_parameters()):
+        raise InputError("a mixture of experts cannot be packed: its experts are not linear layers", hint="the bf16 recipe")
     modules = dict(bundle.model.named_modules())
     return {name: module for name, module in modules.items() if type(module) is nn.Linear and not is_ignored(name, ignore)}
 
@@ -47,7 +53,7 @@ def _arguments(grid: Grid) -> QuantizationArgs:
 
     return QuantizationArgs(
         num_bits=grid.bits,
-        symmetric=grid.symmetric,
+        symmetric=True,
         strategy="group" if grid.group_size else "channel",
         group_size=grid.group_size,
     )
@@ -57,7 +63,7 @@ def _arguments(grid: Grid) -> QuantizationArgs:
 def pack(weight: torch.Tensor, grid: Grid) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Rounds one [out, in] weight to the nearest points of `grid`.
 
-    Returns the tensors to store (`weight_packed`, `weight_scale`, `weight_shape`, asymmetric `weight_zero_point`) and
+    Returns the tensors to store (`weight_packed`, `weight_scale`, `weight_shape`) and
     the dequantized weight, in the weight's dtype, bit for bit as a reload makes it.
     """
     from compressed_tensors.compressors import BaseCompressor
@@ -66,13 +72,13 @@ def pack(weight: torch.Tensor, grid: Grid) -> tuple[dict[str, torch.Tensor], tor
     rule, codec = scheme(grid), BaseCompressor.get_value_from_registry(FORMAT)
     full = weight.float()
     groups = full.view(full.shape[0], -1, grid.group_size or full.shape[1])  # [out, groups, group]
-    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), rule.weights)
+    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), rule.weights)
     # A reload casts scales to the model's dtype: round to both first, so that weights are rounded against what is used.
     rounded = scale.to(weight.dtype)
     stored = rounded if grid.scale_dtype == "auto" else rounded.to(getattr(torch, grid.scale_dtype))
     if not stored.float().isfinite().all() or not stored.float().gt(0).all():
         raise InputError(f"a weight's scale does not fit {stored.dtype}", hint="set scale_dtype: float32")
-    packed = codec.compress({"weight": full, "weight_scale": stored.float(), "weight_zero_point": zero}, rule)
+    packed = codec.compress({"weight": full, "weight_scale": stored.float()}, rule)
     dense = codec.decompress({**packed, "weight_scale": stored.to(weight.dtype)}, rule)["weight"]
     packed["weight_scale"] = stored
     return {name: tensor.contiguous().cpu() for name, tensor in packed.items()}, dense.to(weight.dtype)

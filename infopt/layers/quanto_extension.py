@@ -55,13 +55,16 @@ def ready(device: torch.device, progress: Progress) -> None:
 def clear_stale_lock(build: Path, progress: Progress, stale_s: float = STALE_S) -> None:
     """Waits while another build is at work, and removes the lock of one that died."""
     lock = build / "lock"
+    is_told = False
     while lock.exists():
         newest = max((path.stat().st_mtime for path in build.iterdir() if path.exists()), default=0.0)
         if time.time() - newest > stale_s:
             lock.unlink(missing_ok=True)
             progress(f"removed the lock that a killed build left in {build}")
             return
-        progress("waiting for another build of optimum-quanto's kernels")
+        if not is_told:
+            progress("waiting for another build of optimum-quanto's kernels")
+            is_told = True
         time.sleep(POLL_S)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
 
 #: bfloat16 scales, because the fast product takes its scales in bfloat16: weights are rounded against what is used.
-GRID = Grid(bits=8, group_size=None, symmetric=True, scale_dtype="bfloat16")
+GRID = Grid(bits=8, group_size=None, scale_dtype="bfloat16")
 
 
 class Int8Options(Options):
@@ -54,7 +54,7 @@ class Int8(Technique):
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
-        self.reload_tolerance = 4.0 if self.group else 0.5
+        self.reload_tolerance = 8.0 if self.group else 0.5
 
     @property
     def group(self) -> int | None:

@@ -61,6 +61,8 @@ class Quanto(Technique):
         if chosen:
             quanto.quantize(bundle.model, weights=quanto.qtypes[f"q{self.options.weights}"], include=chosen)
             quanto.freeze(bundle.model)
+            for name in chosen:
+                _leave_inference_mode(bundle.model.get_submodule(name))
         return bundle
 
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
@@ -71,6 +73,20 @@ class Quanto(Technique):
         return replace(
             before, peak_bytes=before.peak_bytes + 2 * weights, seconds=weights * grid.TRAFFIC_BYTES / rate if rate else None
         )
+
+
+def _leave_inference_mode(layer: Any) -> None:
+    """int4 weights are transposed as a tensor subclass, which torch refuses in inference mode."""
+    import torch
+
+    forward = layer.forward
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            y: torch.Tensor = forward(x)
+        return y
+
+    layer.forward = run
 
 
 TECHNIQUE = Quanto

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 class RtnOptions(Options):
     bits: Literal[4, 8] = 4
     group_size: int | None = Field(default=64, ge=8)
-    symmetric: bool = True
     scale_dtype: ScaleDType = "auto"
     ignore: Modules = ("lm_head",)
 
@@ -36,8 +35,6 @@ class Rtn(Technique):
     group_size   input features that share a scale, ≥ 8, default 64; it must divide every layer's inputs. null: one scale
                  per row. Smaller is more exact and costs 16/group_size more bits per weight with 2-byte scales.
                  vLLM's kernels take 32, 64, 128 or null.
-    symmetric    default true: q·scale. false adds a zero point per group, which fits skewed groups better, and which
-                 fewer kernels support.
     scale_dtype  what scales are rounded to and stored in: auto (the model's dtype, the default), float32, bfloat16,
                  float16. A narrower one than the model's saves bytes; transformers' `dequantize=True` then also
                  computes the weights in it.
@@ -52,13 +49,11 @@ class Rtn(Technique):
     @property
     def _grid(self) -> Grid:
         o = self.options
-        return Grid(o.bits, o.group_size, o.symmetric, o.scale_dtype)
+        return Grid(o.bits, o.group_size, o.scale_dtype)
 
     def check(self, shapes: Shapes, path: str) -> None:
         grid.check_ignore(shapes, self.options.ignore, path)
-        layers = grid.chosen(shapes, self.options.ignore)
-        grid.check_groups(layers, self.options.group_size, f"{path}.group_size")
-        grid.check_zero_points(layers, self._grid, path)
+        grid.check_groups(grid.chosen(shapes, self.options.ignore), self.options.group_size, f"{path}.group_size")
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.layers import packing

@@ -58,54 +58,36 @@ def test_an_impossible_group_size_names_the_possible_ones() -> None:
         grid.check_groups({"a": (8, 7)}, 4, "x")
 
 
-def test_zero_points_that_cannot_be_unpacked_are_refused() -> None:
-    layers = {"a.gate": (8, 64), "a.up_proj": (9, 64)}
-    with pytest.raises(RecipeError, match=r"^steps\[0\]\.rtn\.symmetric: found false, and a\.gate") as caught:
-        grid.check_zero_points(layers, Grid(4, 32, symmetric=False), "steps[0].rtn")
-    assert caught.value.hint == "add gate to ignore"
-    grid.check_zero_points(layers, Grid(4, 32), "x")
-    grid.check_zero_points(layers, Grid(8, 32, symmetric=False), "x")
-
-
-def by_hand(weight: torch.Tensor, bits: int, group: int, symmetric: bool) -> torch.Tensor:
+def by_hand(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     """Round to nearest in float64, one group at a time."""
     out = torch.empty_like(weight, dtype=torch.float64)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     for row in range(weight.shape[0]):
         for start in range(0, weight.shape[1], group):
             values = weight[row, start : start + group].double()
-            least, most = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
-            if symmetric:
-                scale, zero = max(-least, most) / ((high - low) / 2), 0
-            else:
-                scale = (most - least) / (high - low)
-                zero = round(low - least / scale)
-            q = (values / scale + zero).round().clamp(low, high)
-            out[row, start : start + group] = (q - zero) * scale
+            scale = values.abs().max() / ((high - low) / 2)
+            out[row, start : start + group] = (values / scale).round().clamp(low, high) * scale
     return out
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [16, None])
-def test_packing_rounds_to_nearest(bits: int, symmetric: bool, group: int | None) -> None:
-    weight = torch.randn(10, 48, generator=torch.Generator().manual_seed(1))
-    _, dense = packing.pack(weight, Grid(bits, group, symmetric))
-    expected = by_hand(weight, bits, group or 48, symmetric)
+def test_packing_rounds_to_nearest(bits: int, group: int | None) -> None:
+    weight = torch.randn(6, 48, generator=torch.Generator().manual_seed(1))
+    _, dense = packing.pack(weight, Grid(bits, group))
+    expected = by_hand(weight, bits, group or 48)
     # A value half way between two points may go either way in float32: all but such are equal.
     assert ((dense - expected).abs() < 1e-6).float().mean() > 0.98
-    step = (expected.max() - expected.min()) / (2**bits - 1) * 1.2
-    assert (dense - expected).abs().max() < step
+    assert (dense - expected).abs().max() < 2.2 * weight.abs().max() / (2**bits - 1)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(9, 12), st.integers(1, 4), st.sampled_from([4, 8]), st.booleans(), st.integers(0, 10**6), st.floats(1e-6, 1e4))
-def test_no_weight_moves_by_more_than_a_step(rows: int, groups: int, bits: int, symmetric: bool, seed: int, size: float) -> None:
+@given(st.integers(1, 5), st.integers(1, 4), st.sampled_from([4, 8]), st.integers(0, 10**6), st.floats(1e-6, 1e4))
+def test_no_weight_moves_by_more_than_half_a_step(rows: int, groups: int, bits: int, seed: int, size: float) -> None:
     weight = torch.randn(rows, groups * 8, generator=torch.Generator().manual_seed(seed)) * size
-    packed, dense = packing.pack(weight, Grid(bits, 8, symmetric))
+    packed, dense = packing.pack(weight, Grid(bits, 8))
     step = packed["weight_scale"].repeat_interleave(8, dim=1)
-    # Half a step of rounding, and half a step where the largest value is clipped or the zero point was rounded.
-    assert ((dense - weight).abs() <= step * (1 + 1e-3)).all()
+    assert ((dense - weight).abs() <= step * 0.501).all()
     assert packed["weight_packed"].dtype == torch.int32
     assert packed["weight_shape"].tolist() == [rows, groups * 8]
 
@@ -118,7 +100,7 @@ def test_points_of_the_grid_stay_where_they_are() -> None:
 
 
 @pytest.mark.parametrize("shape", [(11, 36), (64, 64), (17, 8)])
-@pytest.mark.parametrize("grid_", [Grid(4, 4), Grid(4, 4, symmetric=False), Grid(8), Grid(8, 4, scale_dtype="bfloat16")])
+@pytest.mark.parametrize("grid_", [Grid(4, 4), Grid(8), Grid(8, 4, scale_dtype="bfloat16")])
 def test_stored_bytes_are_those_of_the_tensors(grid_: Grid, shape: tuple[int, int]) -> None:
     packed, _ = packing.pack(torch.randn(shape), grid_)
     stored = sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
@@ -142,9 +124,8 @@ def test_a_scale_that_does_not_fit_is_refused() -> None:
 
 
 def test_a_zero_group_stays_zero() -> None:
-    weight = torch.zeros(9, 16)
+    weight = torch.zeros(2, 16)
     weight[0, :8] = 1
-    for symmetric in (True, False):
-        _, dense = packing.pack(weight, Grid(4, 8, symmetric))
-        assert dense[1].abs().max() == 0
-        assert dense[0, 8:].abs().max() == 0
+    _, dense = packing.pack(weight, Grid(4, 8))
+    assert dense[1].abs().max() == 0
+    assert dense[0, 8:].abs().max() == 0

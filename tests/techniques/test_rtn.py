@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from infopt.errors import InputError, RecipeError
-from infopt.model import load, reference, save, shapes, tiny
+from infopt.model import load, reference, save, shapes
 from infopt.model.bundle import Bundle
 from infopt.protocols import Context
 from infopt.techniques.rtn import Rtn, RtnOptions
@@ -41,15 +41,13 @@ def test_fewer_bits_and_larger_groups_are_coarser(
         return sum(float((after[name] - before[name]).square().sum()) for name in before)
 
     assert error(bits=8) < error(bits=4, group_size=16) < error(bits=4) < error(bits=4, group_size=None)
-    assert error(bits=4, symmetric=False) < error(bits=4)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in tiny.KINDS if kind != "tiny"])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["tiny-qwen2", "tiny-gemma3"])
 def test_other_architectures_load_back_identically(
-    kind: str, symmetric: bool, make: Callable[..., Any], build: Callable[..., Any], logits: Callable[..., Any], tmp_path: Path
+    kind: str, make: Callable[..., Any], build: Callable[..., Any], logits: Callable[..., Any], tmp_path: Path
 ) -> None:
-    technique = make("rtn", group_size=32, symmetric=symmetric)
+    technique = make("rtn", group_size=32)
     technique.check(shapes.shapes(reference.parse(kind)), "steps[0].rtn")
     bundle = build(technique, kind)
     save.save(bundle, tmp_path / "out")
@@ -61,7 +59,7 @@ def test_other_architectures_load_back_identically(
 def test_every_dtype_loads_back_identically(
     dtype: str, scale_dtype: str, make: Callable[..., Any], build: Callable[..., Any], logits: Callable[..., Any], tmp_path: Path
 ) -> None:
-    bundle = build(make("rtn", symmetric=False, scale_dtype=scale_dtype), dtype=dtype)
+    bundle = build(make("rtn", scale_dtype=scale_dtype), dtype=dtype)
     save.save(bundle, tmp_path / "out")
     plain = load.load(reference.parse(str(tmp_path / "out")))
     assert plain.model.dtype == getattr(torch, dtype)
@@ -124,6 +122,12 @@ def test_a_second_quantizer_is_refused(make: Callable[..., Any], build: Callable
         make("rtn").apply(load.load(reference.parse(str(tmp_path / "out"))), Context())
 
 
+@pytest.mark.parametrize("name", ["rtn", "int8"])
+def test_a_mixture_of_experts_is_refused(name: str, make: Callable[..., Any], build: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match="mixture of experts cannot be packed"):
+        build(make(name), "tiny-moe")
+
+
 def test_progress_names_each_layer(make: Callable[..., Any], tiny_bundle: Bundle) -> None:
     lines: list[str] = []
     make("rtn").apply(tiny_bundle, Context(progress=lines.append))
@@ -134,5 +138,5 @@ def test_progress_names_each_layer(make: Callable[..., Any], tiny_bundle: Bundle
 def test_the_demo_model_keeps_its_language(
     make: Callable[..., Any], build: Callable[..., Any], demo_quality: Callable[[Bundle], float]
 ) -> None:
-    assert 1.0 < demo_quality(build(make("rtn", symmetric=False), "demo", "float32")) < 1.45
+    assert 1.0 < demo_quality(build(make("rtn"), "demo", "float32")) < 1.6
     assert 0.99 < demo_quality(build(make("rtn", bits=8), "demo", "float32")) < 1.01
