@@ -185,15 +185,14 @@ class ArmRun:
         )
 
     def warnings(self) -> tuple[str, ...]:
+        measured = [sample for sample in self.samples if not sample.warmup and not sample.error]
         capped = [flag for block in self.blocks for flag in block.flags if flag.startswith("warmup.cap")]
         errors = [sample.error for sample in self.samples if sample.error]
         found = checks.found(
             [
                 checks.other_load(self.blocks),
                 checks.warm_up(bool(capped), self.settings.warmup_cap),
-                checks.undefined_tpot(
-                    sum(s.out_tokens <= 1 for s in self.samples if not s.warmup and not s.error), len(self.samples)
-                ),
+                checks.undefined_tpot(sum(s.out_tokens <= 1 for s in measured), len(measured)),
             ]
         )
         lines = [f"{self.label}: {check.message}; {check.next_step}" for check in found]

@@ -166,7 +166,8 @@ class _Build:
         if at_load is not None or is_reopened:
             at_load_steps = range(first, len(self.techniques))
             again = pipeline.finish(self.staging, saved, at_load_steps, self.device, self.options, self.progress)
-            checks.append(compare_probe(stored if at_load is None else at_load, probe(again, ids), tolerance, "infopt"))
+            # infopt opens it in the layers it was made in, so no format's tolerance applies.
+            checks.append(compare_probe(stored if at_load is None else at_load, probe(again, ids), 0.0, "infopt"))
         return checks
 
 
@@ -191,6 +192,7 @@ def compare_probe(made: torch.Tensor, reloaded: torch.Tensor, tolerance: float, 
     """Raises LoadBackError when the reloaded logits differ by more than the steps' declared tolerance, or are not finite."""
     import torch
 
+    tolerance = max(tolerance, ROUNDING)
     difference = float((made - reloaded).abs().max())
     if not bool(torch.isfinite(reloaded).all()) or not difference <= tolerance:
         raise LoadBackError(
@@ -200,6 +202,10 @@ def compare_probe(made: torch.Tensor, reloaded: torch.Tensor, tolerance: float, 
         )
     same = float((made.argmax(-1) == reloaded.argmax(-1)).float().mean())
     return LoadBack(tokens=made.shape[0], max_abs_logit_difference=difference, tolerance=tolerance, top1_agreement=same)
+
+
+#: Where a tensor lies in memory alone moves float32 logits by about 1e-6: its alignment picks the kernel.
+ROUNDING = 1e-4
 
 
 @dataclass

@@ -93,4 +93,4 @@ def test_combinations_keep_what_they_extend() -> None:
     base, lookup = (recipe.load(name, techniques.find) for name in ("rtn_int4", "int4_lookup"))
     assert lookup.steps == base.steps
     assert lookup.speculative is not None
-    assert recipe.load("int8_prefix", techniques.find).steps == recipe.load("int8_weight_only", techniques.find).steps
+    assert recipe.load("int8_prefix", techniques.find).steps == recipe.load("int8", techniques.find).steps
