@@ -23,6 +23,7 @@ from infopt.data import texts
 from infopt.errors import InputError, LoadBackError
 from infopt.measure import memory
 from infopt.model import atomic, cache, load, reference, save, shapes
+from infopt.model.quiet import quiet
 from infopt.protocols import Context, Progress
 from infopt.recipe import EngineSection, Recipe
 from infopt.result import dump
@@ -183,7 +184,7 @@ def probe(bundle: Bundle, ids: torch.Tensor) -> torch.Tensor:
     """Logits on the probe, [tokens, vocabulary], float32 on the host."""
     import torch
 
-    with torch.inference_mode():
+    with torch.inference_mode(), quiet():
         logits: torch.Tensor = bundle.model(input_ids=ids.to(bundle.device), use_cache=False).logits[0]
     return logits.float().cpu()
 
