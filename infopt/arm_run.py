@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -12,12 +13,15 @@ from typing import IO, Any
 
 from infopt import __version__, arms, checks, result
 from infopt.arms import ArmSpec
-from infopt.errors import InfoptError
+from infopt.errors import InfoptError, InputError
 from infopt.measure import cost, latency
 from infopt.process import Event, WorkerProcess
 from infopt.protocols import Progress
 from infopt.result import Block, Run, Sample, Value
 from infopt.settings import LoadOptions, Settings, WorkloadSpec
+
+#: Requests that warm up a later block in a fresh process; in one that stays up a single one does.
+FRESH_WARMUP = 3
 
 
 class ArmRun:
@@ -60,7 +64,11 @@ class ArmRun:
         assert self._worker is not None
         self.progress(f"{self.label}: opening")
         self.facts = self._worker.call(
-            "open", arm=self.spec.as_dict(), options=asdict(self.options), workload=asdict(self.workload)
+            "open",
+            arm=self.spec.as_dict(),
+            options=asdict(self.options),
+            workload=asdict(self.workload),
+            machine=self.facts.get("machine"),
         )
         self._is_warm = False
 
@@ -83,8 +91,9 @@ class ArmRun:
             index=index,
             round=index,
             position=position,
-            is_first=not self._is_warm,
+            is_first=not self.blocks,
             warmup_cap=self.settings.warmup_cap,
+            warmup_later=1 if self._is_warm else FRESH_WARMUP,
         )
         self._is_warm = True
         block = Block.model_validate(answer)
@@ -236,6 +245,13 @@ def best_machine(runs: Sequence[ArmRun]) -> dict[str, Any]:
     best["read_bytes_per_s"] = max(rates, default=None)
     best["flops"] = {name: max(machine["flops"].get(name, 0.0) for machine in found) for name in best["flops"]}
     return best
+
+
+def require_writable(results: Path) -> None:
+    """Refuses a place for results that could not be written, before anything is measured. Raises InputError."""
+    nearest = next(path for path in (results.absolute(), *results.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"{results}: results cannot be written there", hint="--results FOLDER")
 
 
 def now_utc() -> str:

@@ -96,9 +96,34 @@ def parse(texts: Sequence[str], overrides: Sequence[str] = (), dtype: str | None
     return tuple(ArmSpec(label, arm.model, arm.recipe, arm.is_artifact) for label, arm in zip(labels, arms, strict=True))
 
 
+def is_stored(texts: Sequence[str]) -> bool:
+    """Whether the arguments are results folders. Raises InputError when results and models are mixed."""
+    stored = [text for text in texts if (Path(text) / "run.json").is_file()]
+    models = [text for text in texts if text not in stored and not _looks_stored(text, is_beside_stored=bool(stored))]
+    if stored and models:
+        raise InputError(
+            f"{stored[0]} is a stored result and {models[0]} a model; compare results with results, or models with models",
+            hint="bench the model first, then compare the two results folders",
+        )
+    return not models
+
+
+def _looks_stored(text: str, is_beside_stored: bool) -> bool:
+    """A results folder without its `run.json`: cut off, a comparison, or a baseline that is gone."""
+    folder = Path(text)
+    if ":" in text or (folder / "config.json").is_file():
+        return False
+    return is_begun(folder) or folder.parent.name == "results" or (is_beside_stored and "/" in text and not folder.exists())
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether anything was ever measured into this folder."""
+    return any((folder / name).is_file() for name in ("run.json", "samples.jsonl", "compare.json"))
+
+
 def file_name(label: str) -> str:
     """A label as part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", label).strip("-") or "arm"
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", label).strip("-") or "arm"
 
 
 def _short(model: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from infopt import artifact, recipe, result, stats, techniques
-from infopt.arm_run import ArmRun, best_machine, ended, now_utc, prepare, run_id
+from infopt.arm_run import ArmRun, best_machine, ended, now_utc, prepare, require_writable, run_id
 from infopt.arms import ArmSpec
 from infopt.errors import InfoptError, InputError, Terminated
 from infopt.judging import PER_BLOCK, Evidence
@@ -36,6 +36,7 @@ def bench(
     progress: Progress = lambda line: None,
 ) -> tuple[Run, Path]:
     """The run and its folder. Raises InfoptError; what was measured until then stays, marked incomplete."""
+    require_writable(results)
     created = now_utc()
     folder = results / run_id(created, spec.label, (spec.as_dict(), asdict(workload)))
     with WorkerProcess("preparing", options.threads, progress) as lab:

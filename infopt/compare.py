@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from infopt import __version__, checks, result
-from infopt.arm_run import ArmRun, best_machine, ended, now_utc, prepare, run_id
-from infopt.arms import ArmSpec, file_name
+from infopt.arm_run import ArmRun, best_machine, ended, now_utc, prepare, require_writable, run_id
+from infopt.arms import ArmSpec, file_name, is_begun
 from infopt.bench import kept_on_interrupt, measure_quality, noise_floor, write_run
 from infopt.comparison import ArmResult, Comparison
 from infopt.errors import Exit, InfoptError, InputError, NotComparableError
@@ -32,12 +32,13 @@ from infopt.stats import Look, looks
 
 QUICK_PAIRS, GATE_PAIRS, GATE_CAP = 10, 20, 30
 SELF_TEST = "A/A"
-_MAX_REDO = 1
+REDOS_PER_ARM = 2
+"""Quick mode does not wait for a machine that is never idle: so many blocks an arm are measured again, on average."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How live arms are compared. `is_gate_mode`: a fresh process per block, loaded blocks redone, pairs added while open."""
+    """How live arms are compared. `is_gate_mode`: a fresh process per block, every block beside other load redone once."""
 
     pairs: int = QUICK_PAIRS
     max_pairs: int | None = None
@@ -84,6 +85,7 @@ class _Live:
     ) -> None:
         if len(specs) < 2 and not protocol.self_test:
             raise InputError("one arm is nothing to compare", hint="infopt compare demo demo:int8")
+        require_writable(results)
         self.specs, self.workload, self.options, self.settings = list(specs), workload, options, settings
         self.protocol, self.progress = protocol, progress
         self.created = now_utc()
@@ -92,6 +94,7 @@ class _Live:
         self.runs: list[ArmRun] = []
         self.twin: ArmRun | None = None
         self.look = protocol.looks()[0]
+        self.redos_left = REDOS_PER_ARM * len(specs)
 
     def measure(self) -> None:
         with WorkerProcess("preparing", self.options.threads, self.progress) as lab:
@@ -162,10 +165,9 @@ class _Live:
         if self.protocol.is_gate_mode and index:
             run.restart()
         block = run.block(index, position)
-        for _ in range(_MAX_REDO if self.protocol.is_gate_mode else 0):
-            if not any(flag.startswith(("contended", "throttled")) for flag in block.flags):
-                break
-            block = run.block(index, position, is_redone=True)
+        if self.redos_left and any(flag.startswith(("contended", "throttled")) for flag in block.flags):
+            self.redos_left -= not self.protocol.is_gate_mode
+            run.block(index, position, is_redone=True)
 
     def _guard(self, run: ArmRun, work: Any) -> None:
         try:
@@ -263,7 +265,7 @@ def compare_stored(
     """Two or more results, against the first. Raises NotComparableError when the baseline is missing."""
     if len(folders) < 2:
         raise InputError(f"{folders[0]}: one result is nothing to compare", hint="infopt results show shows it")
-    if not _is_begun(folders[0]):
+    if not is_begun(folders[0]):
         raise NotComparableError(f"{folders[0]}: no baseline result there", hint="infopt bench … --self-test makes one")
     runs = [_complete(folder) for folder in folders]
     evidence = [_stored_evidence(run, folder) for run, folder in zip(runs, folders, strict=True)]
@@ -325,30 +327,6 @@ def _stored_evidence(run: Run, folder: Path) -> Evidence:
 
 def _distinct(labels: Sequence[str]) -> list[str]:
     return [label if labels.index(label) == i else f"{label} ({i + 1})" for i, label in enumerate(labels)]
-
-
-def is_stored(texts: Sequence[str]) -> bool:
-    """Whether the arguments are results folders. Raises InputError when results and models are mixed."""
-    stored = [text for text in texts if (Path(text) / "run.json").is_file()]
-    models = [text for text in texts if text not in stored and not _looks_stored(text, is_beside_stored=bool(stored))]
-    if stored and models:
-        raise InputError(
-            f"{stored[0]} is a stored result and {models[0]} a model; compare results with results, or models with models",
-            hint="bench the model first, then compare the two results folders",
-        )
-    return not models
-
-
-def _looks_stored(text: str, is_beside_stored: bool) -> bool:
-    """A results folder without its `run.json`: cut off, a comparison, or a baseline that is gone."""
-    folder = Path(text)
-    if ":" in text or (folder / "config.json").is_file():
-        return False
-    return _is_begun(folder) or folder.parent.name == "results" or (is_beside_stored and "/" in text and not folder.exists())
-
-
-def _is_begun(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("run.json", "samples.jsonl", "compare.json"))
 
 
 def write_comparison(document: Comparison, folder: Path) -> None:

@@ -48,14 +48,14 @@ Emit = Callable[..., None]
 class OpenArm:
     """An arm that is loaded and ready for blocks."""
 
-    def __init__(self, spec: ArmSpec, options: LoadOptions, workload: WorkloadSpec, emit: Emit) -> None:
+    def __init__(self, spec: ArmSpec, options: LoadOptions, workload: WorkloadSpec, machine: Machine | None, emit: Emit) -> None:
         self.spec, self.options, self._emit = spec, options, emit
         self.device = pipeline.device_name(options.device)
         self.threads = pipeline.set_threads(options.threads)
         self.clock = WallClock(self.device)
         self.gpu, gpu_reason = nvml.open_gpu(self.device)
         self.memory = memory.MemoryWatch(self.device, self.gpu, gpu_reason)
-        self.machine = peaks.measure_machine(self.device)
+        self.machine = machine or peaks.measure_machine(self.device)
         start = self.clock.now()
         self.bundle = pipeline.open_arm(spec, self.device, options, lambda line: emit("progress", line=line))
         self.clock.synchronise()
@@ -96,7 +96,7 @@ class OpenArm:
             },
         }
 
-    def block(self, index: int, round: int, position: int, is_first: bool, warmup_cap: int) -> dict[str, Any]:
+    def block(self, index: int, round: int, position: int, is_first: bool, warmup_cap: int, warmup_later: int) -> dict[str, Any]:
         """One measured block of the workload."""
         instruments = Instruments(
             clock=self.clock,
@@ -115,6 +115,7 @@ class OpenArm:
             warmup=iter(self.workload.warmup(self.seed, index)),
             is_first_block=is_first,
             warmup_cap=warmup_cap,
+            warmup_later=warmup_later,
             on_sample=lambda sample: self._emit("sample", sample=sample.model_dump()),
         )
         self.samples += samples
@@ -218,8 +219,12 @@ class Worker:
         folder = optimize.ensure(ArmSpec.from_dict(arm), LoadOptions(**options), self.progress)
         return {"folder": None if folder is None else str(folder), "seconds": time.perf_counter() - start}
 
-    def do_open(self, arm: dict[str, Any], options: dict[str, Any], workload: dict[str, Any]) -> dict[str, Any]:
-        self._arm = OpenArm(ArmSpec.from_dict(arm), LoadOptions(**options), WorkloadSpec(**workload), self.emit)
+    def do_open(
+        self, arm: dict[str, Any], options: dict[str, Any], workload: dict[str, Any], machine: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """`machine`: its peaks, where an earlier process of the arm measured them."""
+        peaks = Machine(**machine) if machine else None
+        self._arm = OpenArm(ArmSpec.from_dict(arm), LoadOptions(**options), WorkloadSpec(**workload), peaks, self.emit)
         return self._arm.facts()
 
     def do_block(self, **arguments: Any) -> dict[str, Any]:

@@ -37,7 +37,10 @@ class Script:
         emit("progress", line="preparing")
         return {"folder": None, "seconds": 0.0}
 
-    def do_open(self, arm: dict[str, Any], options: dict[str, Any], workload: dict[str, Any]) -> dict[str, Any]:
+    def do_open(
+        self, arm: dict[str, Any], options: dict[str, Any], workload: dict[str, Any], machine: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        assert machine in (None, MACHINE)
         self.label, self.words = arm["label"], tuple(arm["model"].split("-"))
         if "refused" in self.words:
             emit("error", kind="InputError", message="the prompt is too long", hint="a shorter one")
@@ -51,7 +54,9 @@ class Script:
             "figures": number("load_s", "s", 1.0) | number("weights_bytes", "bytes", size),
         }  # fmt: skip
 
-    def do_block(self, index: int, round: int, position: int, is_first: bool, warmup_cap: int) -> dict[str, Any]:
+    def do_block(
+        self, index: int, round: int, position: int, is_first: bool, warmup_cap: int, warmup_later: int
+    ) -> dict[str, Any]:
         self.tries += 1
         for request in range(3):
             emit("sample", sample=self.sample(index, request, warmup=request == 0))

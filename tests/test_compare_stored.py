@@ -14,7 +14,8 @@ from typer.testing import CliRunner, Result
 
 from infopt import figures
 from infopt.cli import app
-from infopt.compare import compare_stored, is_stored, mismatch
+from infopt.arms import is_stored
+from infopt.compare import compare_stored, mismatch
 from infopt.comparison import Comparison
 from infopt.errors import Exit, InputError, NotComparableError
 from infopt.gates import parse_gates

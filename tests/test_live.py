@@ -115,7 +115,7 @@ def test_blocks_alternate_and_are_shared(live: Live) -> None:
 def test_samples_are_those_of_the_workload(live: Live) -> None:
     for label in LABELS:
         samples = live.samples(label)
-        lines = (live.folder / "arms" / label / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (live.folder / "arms" / arms.file_name(label) / "samples.jsonl").read_text(encoding="utf-8").splitlines()
         assert len(lines) == len(samples)
         measured = [sample for sample in samples if not sample.warmup]
         assert [sample.block for sample in measured] == [block for block in range(PAIRS) for _ in range(REQUESTS)]
@@ -135,7 +135,7 @@ def test_arms_meet_the_same_prompts(live: Live) -> None:
 def test_figures_are_there_or_null_with_a_reason(live: Live) -> None:
     for label in LABELS:
         figures = live.run(label).figures
-        names = {key for key in figures} | {key.rpartition(".")[0] for key in figures}
+        names = set(figures) | {key.rpartition(".")[0] for key in figures}
         quality = {name for name, figure in FIGURES.items() if figure.kind == "quality"}
         assert set(FIGURES) - names - quality == set()
         assert quality <= names or label == "tiny"

@@ -59,11 +59,12 @@ def bench(
 ) -> None:
     """Measure one model under one recipe: time, memory, energy, cost, quality, distance from the hardware's limit."""
     from infopt import arms
+
+    spec = arms.spec(model, recipe, overrides or (), dtype)  # first: what is refused is refused at once
     from infopt.bench import bench as measure
     from infopt.cli.workload import check_price, objectives, quality_settings, workloads
     from infopt.settings import LoadOptions, Settings
 
-    spec = arms.spec(model, recipe, overrides or (), dtype)
     shapes = workloads(prompt, new, batch, requests, workload)
     check_price(price_per_hour, utilisation)
     settings = Settings(

@@ -60,17 +60,19 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Measure arms side by side and judge every difference; or judge stored results."""
-    from infopt import compare as use_case
+    from infopt.arms import is_stored, parse
     from infopt.gates import load_gates
 
     chosen = None if gates is None else load_gates(gates)
     folder = None
-    if use_case.is_stored(arms):
+    specs = None if is_stored(arms) else parse(arms, dtype=dtype)  # first: what is refused is refused at once
+    from infopt import compare as use_case
+
+    if specs is None:
         document = use_case.compare_stored(
             [Path(arm) for arm in arms], gates=chosen, is_strict=strict, across_versions=across_versions
         )
     else:
-        from infopt.arms import parse
         from infopt.cli.workload import check_price, quality_settings, workloads
         from infopt.settings import LoadOptions, Settings
 
@@ -92,7 +94,7 @@ def compare(
         (shape,) = workloads(str(prompt), new, str(batch), requests, workload)
         with reporting(quiet, verbose) as progress:
             document, folder = use_case.compare(
-                parse(arms, dtype=dtype),
+                specs,
                 shape,
                 LoadOptions(device, dtype, threads, seed, revision, trust),
                 settings,

@@ -64,12 +64,12 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The prompt's token ids, as the model should see them. Raises InputError when they cannot be made."""
     if prompt.text is not None and (prompt.is_raw or not tokenizer.chat_template):
-        ids = tokenizer(prompt.text)["input_ids"]
+        ids = tokenizer(prompt.text, verbose=False)["input_ids"]
     else:
         # Rendered to text first: what tokenize=True returns differs between transformers versions.
         messages = prompt.messages if prompt.text is None else (Message("user", prompt.text),)
         rendered = _render(messages, tokenizer, prompt.where)
-        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
     if not len(ids):
         raise InputError(f"{prompt.where}: the prompt {prompt.id!r} has no tokens", hint="give a longer prompt")
     return tuple(int(token) for token in ids)
