@@ -12,7 +12,7 @@ from infopt.settings import LoadOptions, QualitySettings, Settings, WorkloadSpec
 
 ARMS = ("demo:baseline", "demo:int8", "demo:nf4", "demo:int4_lookup", "demo:int8_naive")
 WORKLOAD = WorkloadSpec(prompt_tokens=64, new_tokens=16, requests=2)
-QUALITY = QualitySettings(fidelity_tokens=3072, choice_items=40, behaviour_prompts=8)
+QUALITY = QualitySettings(fidelity_tokens=2048, choice_items=24, behaviour_prompts=4)
 PROTOCOL = Protocol(pairs=6, self_test=True)
 
 

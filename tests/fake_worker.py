@@ -1,8 +1,8 @@
 """A measuring process that measures nothing: it speaks the protocol of `infopt.worker`, with times from a script.
 
 The model's name is the script, words joined by dashes: `fast`, `slow` (×1.5), `drift` (every round slower), `one` (one
-token), `dies`, `garbage`, `bytes` or `leaves` (in block 2), `hangs` (in block 2), `refused` or `oom` (at open), `broken`
-(weight steps fail), `busy` (other load in every first try), `judged-badly` (quality fails).
+token), `errs` (the last request of a block fails), `dies`, `garbage`, `bytes`, `leaves` or `hangs` (in block 2), `refused`
+or `oom` (at open), `broken` (weight steps fail), `busy` (other load in every first try), `badly` (quality fails), `small`.
 """
 
 from __future__ import annotations
@@ -86,10 +86,11 @@ class Script:
         step = 0.010 * (1.5 if "slow" in self.words else 1.0) * (1.2**block if "drift" in self.words else 1.0)
         step *= 1 + 0.002 * ((block * 7 + len(self.label)) % 5)
         out = 1 if "one" in self.words else 5
+        error = "IndexError: too long" if "errs" in self.words and request == 2 else None
         return {
             "arm": self.label, "block": block, "index": request, "warmup": warmup, "batch": 1, "prompt_tokens": 8,
             "out_tokens": out, "emission_s": [0.1 + step * i for i in range(out)], "emission_tokens": [1] * out,
-            "prefill_s": 0.05,
+            "prefill_s": 0.05, "error": error,
         }  # fmt: skip
 
     def do_finish(self, machine: dict[str, Any]) -> dict[str, Any]:

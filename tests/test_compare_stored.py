@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from infopt import figures
-from infopt.cli import app
 from infopt.arms import is_stored
+from infopt.cli import app
 from infopt.compare import compare_stored, mismatch
 from infopt.comparison import Comparison
 from infopt.errors import Exit, InputError, NotComparableError

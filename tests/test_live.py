@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 
 from infopt import arms
-from infopt.bench import bench
 from infopt.compare import Protocol, compare, compare_stored
 from infopt.comparison import Comparison, read_comparison
-from infopt.errors import Exit, InputError
+from infopt.errors import Exit
 from infopt.figures import FIGURES
 from infopt.gates import parse_gates
 from infopt.judgement import Judgement, Verdict
@@ -270,14 +269,7 @@ def test_gate_mode_restarts_and_one_token_has_no_tpot(tmp_path: Path, monkeypatc
     assert any("at least 2 new tokens" in line for line in document.warnings)
 
 
-# --- One arm: refused, interrupted -----------------------------------------------------------------------------------
-
-
-def test_a_prompt_longer_than_the_context_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    workload = WorkloadSpec(prompt_tokens=100_000, new_tokens=4)
-    with pytest.raises(InputError, match="context"):
-        bench(arms.spec("tiny", None), workload, CPU, Settings(quality=None), blocks=1, results=tmp_path / "results")
-    assert not (tmp_path / "results").exists()
+# --- Interrupts ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("number", "code", "reason"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])

@@ -26,7 +26,7 @@ from infopt.recipe import Recipe
 from infopt.settings import LoadOptions
 from infopt.techniques.base import Technique
 
-CPU = LoadOptions(device="cpu", threads=1)
+CPU = LoadOptions(device="cpu")
 
 
 def chosen(*steps: Any, **sections: Any) -> Recipe:

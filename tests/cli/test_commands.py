@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from infopt.errors import Exit, InputError
 from infopt.process import WorkerProcess
 from infopt.result import Run, read_run
 
-CPU = ("--device", "cpu", "--threads", "1")
+CPU = ("--device", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -329,6 +330,42 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infopt.recipe.shipped", full)
     result = run("recipes", "list", code=Exit.FAILED)
     assert result.stderr.splitlines() == ["error: /results/run.json: No space left on device", "hint: free some space"]
+
+
+def test_a_command_runs_outside_of_the_main_thread_too() -> None:
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(run("recipes", "show", "baseline").stdout))
+    thread.start()
+    thread.join()
+    assert found == [recipe.shipped()["baseline"].read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", ["mps", "cuda"])
+def test_the_doctor_names_the_device(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: name == "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: name == "mps")
+    (found,) = [each for each in document("doctor")["findings"] if each["name"] == "device"]
+    assert (found["level"], found["text"]) == (
+        ("ok", "H200") if name == "cuda" else ("untested", "Apple GPU (MPS); infopt uses the CPU")
+    )
+
+
+def test_the_doctor_names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    def version(name: str) -> str:
+        if name == "bitsandbytes":
+            raise metadata.PackageNotFoundError(name)
+        return original(name)
+
+    original = metadata.version
+    monkeypatch.setattr(metadata, "version", version)
+    (found,) = [each for each in document("doctor")["findings"] if each["name"] == "bitsandbytes"]
+    assert found["level"] == "missing"
+    assert found["fix"].endswith("-m pip install bitsandbytes")
 
 
 def test_progress_is_one_moving_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
