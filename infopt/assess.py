@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from infopt import pipeline
+from infopt import pipeline, techniques
 from infopt.arms import ArmSpec
 from infopt.data import choices, prompts, texts
 from infopt.protocols import Progress
@@ -65,6 +65,7 @@ class _Assessed:
         import torch
 
         text = texts.read_text(self.settings.text or "bundled", "evaluation")
+        self._require_unseen(text)
         length = min(WINDOW_TOKENS, self.settings.fidelity_tokens)
         ids = reference.bundle.tokenizer(text, verbose=False)["input_ids"]
         windows = texts.windows(ids, length, self.settings.fidelity_tokens // length)
@@ -82,6 +83,12 @@ class _Assessed:
             "ppl_reference": result.ppl_reference,
         }
         return result.figures(), {"fidelity": detail}
+
+    def _require_unseen(self, text: str) -> None:
+        """Raises InputError when a step was calibrated on what the arm is judged on."""
+        chosen = self.spec.recipe
+        if any(techniques.find(step.name)(step.options).needs.calibration for step in chosen.steps):
+            texts.require_disjoint(texts.read_text(chosen.calibration.text, "calibration"), text)
 
     def _behaviour(self, reference: _Assessed) -> tuple[dict[str, Value], dict[str, Any]]:
         if not self.settings.behaviour_prompts:

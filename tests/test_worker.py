@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,23 @@ def test_the_users_files_take_the_place_of_the_bundled_ones(ask: Ask, tmp_path: 
     assert found["fidelity"]["text"] == str(text)
     assert found["figures"]["kld.mean"]["value"] == pytest.approx(0, abs=1e-9)
     assert (found["behaviour"]["checked"], found["behaviour"]["same"]) == (1, 1)
+
+
+def test_text_that_an_arm_was_calibrated_on_does_not_judge_it(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from infopt.needs import Needs
+    from infopt.techniques.int8_naive import Int8Naive
+
+    monkeypatch.setattr(Int8Naive, "needs", Needs(calibration=True))
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word{number}" for number in range(200)), encoding="utf-8")
+    candidate = arms.spec("tiny", "int8_naive", [f"calibration.text={text}", "calibration.samples=1", "calibration.tokens=16"])
+    *_, prepared = ask("prepare", arm=candidate.as_dict(), options=OPTIONS)
+    ready = {**candidate.as_dict(), "model": prepared["value"]["folder"], "is_artifact": True}
+    settings = QualitySettings(fidelity_tokens=64, choice_items=0, behaviour_prompts=0)
+    asked = {"reference": arm("tiny"), "candidates": [ready], "options": OPTIONS}
+    assert ask("assess", **asked, settings=asdict(settings))[-1]["event"] == "answer"
+    found = error(ask("assess", **asked, settings=asdict(replace(settings, text=str(text)))))
+    assert "calibration and evaluation text share" in found["message"]
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
