@@ -20,7 +20,7 @@ def row(name: str) -> TechniqueRow:
     """A technique as its own docstring and attributes tell it."""
     technique = techniques.find(name)
     manual = technique.__doc__ or ""
-    needs = [module.split(".")[0].replace("_", "-") for module in technique.needs.modules]
+    needs = [module.replace(".", "-").replace("_", "-") for module in technique.needs.modules]
     needs += ["C++ compiler"] * technique.needs.compiler + ["CUDA"] * technique.needs.cuda
     papers = dict.fromkeys(re.findall(r"\d{4}\.\d{5}", manual))
     recipes = [path.name for path in recipe.shipped().values() if path.stem == name or path.stem.startswith(f"{name}_")]
