@@ -40,6 +40,7 @@ class ArmRun:
         self.quality: dict[str, Any] = {}
         self.noise: dict[str, float] = {}
         self.error: str | None = None
+        self.remarks: list[str] = []
         self._worker: WorkerProcess | None = None
         self._stream: IO[str] | None = None
         self._is_warm = False
@@ -204,7 +205,7 @@ class ArmRun:
                 checks.undefined_tpot(sum(s.out_tokens <= 1 for s in measured), len(measured)),
             ]
         )
-        lines = [f"{self.label}: {check.message}; {check.next_step}" for check in found]
+        lines = [*self.remarks, *(f"{self.label}: {check.message}; {check.next_step}" for check in found)]
         if errors:
             lines.append(f"{self.label}: {len(errors)} requests failed, the first with {errors[0]}")
         return tuple(lines)

@@ -63,7 +63,8 @@ def spec(model: str, recipe_name: str | None, overrides: Sequence[str] = (), dty
     An artifact is already optimized: a recipe given for it may only change how it runs.
     """
     overrides = [*overrides, f"engine.dtype={dtype}"] if dtype else list(overrides)
-    folder = Path(model)
+    folder = Path(model).expanduser()
+    model = str(folder) if model.startswith("~") else model
     if not artifact.is_artifact(folder):
         chosen = load_recipe(recipe_name or "baseline", overrides)
         label = chosen.name if recipe_name else _short(model)

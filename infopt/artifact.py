@@ -64,9 +64,9 @@ class Artifact(Record):
 
 
 def is_artifact(folder: Path) -> bool:
-    return (folder / FILE).is_file()
+    return (folder.expanduser() / FILE).is_file()
 
 
 def read_artifact(folder: Path) -> Artifact:
     """Raises InputError when `infopt.json` is missing, broken or of another schema."""
-    return read_record(folder / FILE, Artifact)
+    return read_record(folder.expanduser() / FILE, Artifact)

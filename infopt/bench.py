@@ -60,11 +60,32 @@ def bench(
                     run.finish(machine)
             if self_test:
                 own.noise = noise_floor(own, twin)
-            reference = reference_of(spec, ready)
-            if settings.quality is not None and not is_reference(ready, reference):
-                measure_quality(reference, [own], options, settings, lab)
+            if settings.quality is not None:
+                _judge_quality(spec, own, options, settings, lab)
             run_record = write_run(own, created, None)
     return run_record, folder
+
+
+def _judge_quality(spec: ArmSpec, own: ArmRun, options: LoadOptions, settings: Settings, lab: WorkerProcess) -> None:
+    """Against the model that the arm started from. An artifact outlives its reference: without it, or with another model
+    in its place, the rest of the run still stands, and says why quality does not."""
+    reference = reference_of(spec, own.spec)
+    if is_reference(own.spec, reference):
+        return
+    if spec.is_artifact:
+        saved = artifact.read_artifact(Path(own.spec.model))
+        options = replace(options, revision=saved.revision)
+        try:
+            found = lab.call("fingerprint", model=reference.model, options=asdict(options))
+        except InputError as error:
+            own.remarks.append(f"{own.label}: quality was not judged, the reference cannot be opened ({error})")
+            return
+        if found != saved.reference_hash:
+            own.remarks.append(
+                f"{own.label}: quality was not judged: {reference.model} is not the model this was made from any more"
+            )
+            return
+    measure_quality(reference, [own], options, settings, lab)
 
 
 def reference_of(spec: ArmSpec, ready: ArmSpec) -> ArmSpec:

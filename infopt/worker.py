@@ -219,6 +219,9 @@ class Worker:
         folder = optimize.ensure(ArmSpec.from_dict(arm), LoadOptions(**options), self.progress)
         return {"folder": None if folder is None else str(folder), "seconds": time.perf_counter() - start}
 
+    def do_fingerprint(self, model: str, options: dict[str, Any]) -> str:
+        return reference.fingerprint(pipeline.resolve(model, LoadOptions(**options)))
+
     def do_open(
         self, arm: dict[str, Any], options: dict[str, Any], workload: dict[str, Any], machine: dict[str, Any] | None
     ) -> dict[str, Any]:
