@@ -4,7 +4,7 @@
     a refused recipe               0.3 s
     compare of two stored runs     1 s
 
-User plus system time of the child process, best of three, so that other load on the machine does not count. Prints a
+User plus system time of the child process, best of five, so that other load on the machine does not count. Prints a
 table and exits 1 when a command is over its bar.
 
     python benchmarks/start_up.py
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from infopt.result import Arm, Block, Run, Sample, dump
 
-REPEATS = 3
+REPEATS = 5
 BLOCKS, REQUESTS, TOKENS = 20, 3, 64
 RECIPE = "version: 1\nsteps:\n  - rtn: {bit: 4}\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -262,5 +263,5 @@ def now_utc() -> str:
 def run_id(created_utc: str, name: str, content: Any) -> str:
     """`20260131T120000Z-int8-1a2b3c`, unique per content and second."""
     stamp = created_utc.replace("-", "").replace(":", "").removesuffix("+0000") + "Z"
-    digest = hashlib.sha256(repr((created_utc, content)).encode()).hexdigest()[:6]
+    digest = hashlib.sha256(repr((created_utc, content, os.getpid(), time.monotonic_ns())).encode()).hexdigest()[:6]
     return f"{stamp}-{arms.file_name(name)}-{digest}"

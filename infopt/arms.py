@@ -124,7 +124,7 @@ def is_begun(folder: Path) -> bool:
 
 def file_name(label: str) -> str:
     """A label as part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", label).strip("-") or "arm"
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", label).strip("-.") or "arm"
 
 
 def _short(model: str) -> str:

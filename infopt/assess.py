@@ -94,7 +94,9 @@ class _Assessed:
         if not self.settings.behaviour_prompts:
             return {}, {}
         rows = self._rows()
-        result = behaviour.compare_answers(rows, reference.answers(), self.answers())
+        result = behaviour.compare_answers(
+            rows, reference.answers(), self.answers(), behaviour.top_two_margin(fidelity.logits_of(reference.bundle.model))
+        )
         detail: dict[str, Any] = {"prompts": len(rows), "checked": result.checked, "same": result.same}
         detail |= {status: result.count(status) for status in get_args(behaviour.Status)}
         detail |= {"repetition_reference": result.repetition_reference, "repetition": result.repetition}

@@ -36,7 +36,7 @@ def generate(
     bundle = pipeline.open_arm(ready, device, options, progress)
     progress(f"{spec.label}: generating")
     row = Prompt(id="prompt", text=prompt, is_raw=is_raw, max_tokens=tokens)
-    (answer,) = run_prompts(pipeline.engine(bundle, spec.recipe), [row], bundle.tokenizer)
+    (answer,) = run_prompts(pipeline.engine(bundle, spec.recipe), [row], bundle.tokenizer, seed=options.seed)
     found = Generated(spec.label, bundle.description, answer.text, answer.output_ids)
     del bundle
     gc.collect()

@@ -82,17 +82,20 @@ def _judge_for(
     try:
         indices = candidate.indices() if is_live else []
         if not is_live:
-            before = baseline.series(key, baseline.indices())
-            after = candidate.series(key, candidate.indices())
-            return lambda alpha: verdict.judge_stored(key, before, after, gate, noise.get(key), alpha)
+            stored = baseline.series(key, baseline.indices()), candidate.series(key, candidate.indices())
+            return lambda alpha: verdict.judge_stored(key, *stored, gate, noise.get(key), alpha)
         if statistic in TAILS:
             tails = baseline.requests(figure.name, indices), candidate.requests(figure.name, indices)
             return lambda alpha: verdict.judge_tail(key, *tails, gate, alpha)
         pairs = baseline.series(key, indices), candidate.series(key, indices)
         return lambda alpha: verdict.judge_paired(key, *pairs, gate, alpha)
     except InputError:  # one value per run, not per block
-        points = _number(baseline, key), _number(candidate, key)
-        return lambda alpha: verdict.judge_point(key, *points, gate)
+        before, after = _number(baseline, key), _number(candidate, key)
+        if figure.kind == "memory" or (gate is not None and gate.is_absolute) or before is None or after is None:
+            return lambda alpha: verdict.judge_point(key, before, after, gate)
+        # Bytes repeat exactly; seconds, dollars and shares of a limit do not.
+        reason = "one value per run, so nothing tells a change from noise; gate a figure that every block has"
+        return lambda alpha: undecided(key, gate, reason, baseline=before, candidate=after)
 
 
 def _quality(key: str, gate: Gate | None, baseline: Evidence, candidate: Evidence) -> Callable[[float], Judgement]:

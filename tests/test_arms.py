@@ -84,7 +84,7 @@ def test_labels_that_meet_as_file_names_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "name"), [("int8", "int8"), ("tiny (A/A)", "tiny-A-A"), ("../..", "..-.."), ("ü", "arm"), ("a:b.yaml", "a-b.yaml")]
+    ("label", "name"), [("int8", "int8"), ("tiny (A/A)", "tiny-A-A"), ("../..", "arm"), ("ü", "arm"), ("a:b.yaml", "a-b.yaml")]
 )
 def test_a_label_as_a_file_name(label: str, name: str) -> None:
     assert arms.file_name(label) == name

@@ -104,17 +104,20 @@ def reporting(quiet: bool, verbose: bool) -> Iterator[Progress]:
 
 
 def console() -> Console:
-    """Where tables go: stdout. Honours NO_COLOR; CI and pipes get plain text 120 columns wide."""
+    """Where tables go: stdout. NO_COLOR drops bold and dim text too; CI and pipes get plain text 120 columns wide."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=int(os.environ.get("COLUMNS", "120")))
+    if not sys.stdout.isatty():
+        columns = os.environ.get("COLUMNS", "")
+        return Console(width=int(columns) if columns.isdecimal() and int(columns) else 120)
+    return Console(color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 Recipe = Annotated[str | None, typer.Option("--recipe", "-r", help="A recipe file, or a shipped recipe's name.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override one key: steps.0.nf4.double_quant=true")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DType = Annotated[str | None, typer.Option(help="Override engine.dtype: float32, bfloat16, float16 or auto.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; part of the machine's fingerprint.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=os.cpu_count(), help="CPU threads; part of the machine's fingerprint.")]
 Seed = Annotated[int, typer.Option(help="Seed of prompts, order and calibration.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model's authors ship.")]

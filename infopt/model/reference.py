@@ -53,6 +53,11 @@ def parse(text: str, *, revision: str | None = None, trust_remote_code: bool = F
     if "+" in text and not Path(text).expanduser().exists():
         base, _, adapter = text.rpartition("+")
         found = _parse_base(base, text, revision, trust_remote_code)
+        if found.kind == "artifact":
+            raise InputError(
+                f"{text}: {base} is optimized already, and an adapter cannot be merged into it",
+                hint="give MODEL+ADAPTER to infopt optimize",
+            )
         _check_adapter(adapter)
         return replace(found, adapter=adapter)
     return _parse_base(text, text, revision, trust_remote_code)

@@ -106,6 +106,7 @@ def run_prompts(
     tokenizer: PreTrainedTokenizerBase,
     default_max_tokens: int = DEFAULT_MAX_TOKENS,
     progress: Progress = lambda line: None,
+    seed: int = 0,
 ) -> list[Answer]:
     """Lets `engine` answer each prompt alone, so that no answer depends on its neighbours in a batch.
 
@@ -118,7 +119,7 @@ def run_prompts(
         prompt_ids = encode(prompt, tokenizer)
         allowed = prompt.expect.max_tokens if prompt.expect else None
         limit = prompt.max_tokens or max(default_max_tokens, (allowed or 0) + 1)
-        trace = engine.generate([Request(prompt.id, prompt_ids, limit, ignore_eos=False)])
+        trace = engine.generate([Request(prompt.id, prompt_ids, limit, ignore_eos=False, seed=seed)])
         output_ids = list(trace.output_ids[0])
         while output_ids and output_ids[-1] in ends:
             output_ids.pop()
