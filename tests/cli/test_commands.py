@@ -42,6 +42,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(*arguments: Any, code: Exit = Exit.OK) -> Result:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
+    assert "\x1b" not in result.output or "Usage:" in result.output, "colour in a pipe"  # CI may force it on help texts
     return result
 
 
