@@ -92,6 +92,8 @@ def compare(
             quality=quality_settings(text, checks, tasks) if quality else None,
         )
         (shape,) = workloads(str(prompt), new, str(batch), requests, workload)
+        if junit is not None:
+            junit.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be is told before anything is measured
         with reporting(quiet, verbose) as progress:
             document, folder = use_case.compare(
                 specs,

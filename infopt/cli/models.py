@@ -93,10 +93,19 @@ def remove(
     """Remove a model from infopt's cache."""
     from infopt import models
 
-    if not yes and not typer.confirm(f"Remove {name} from the cache?", err=True):
+    if not yes and not _agreed(f"Remove {name} from the cache?"):
         raise InputError(f"{name}: kept", hint="--yes removes without asking")
     removed = models.remove(name)
     if as_json:
         return _print([asdict(entry) for entry in removed])
     for entry in removed:
         typer.echo(f"removed {entry.path} ({size(entry.bytes)})")
+
+
+def _agreed(question: str) -> bool:
+    """Whether the user says yes; nobody there to ask is a no."""
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:
+        typer.echo(err=True)
+        return False

@@ -1,4 +1,4 @@
-"""What a terminal gets, and what a pipe does: colour, width, progress."""
+"""What a terminal gets, and what a pipe does: colour, width, questions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def on_a_terminal(*arguments: str) -> str:
 
 
 def in_a_pipe(*arguments: str) -> str:
-    return subprocess.run([INFOPT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
+    done = subprocess.run(
+        [INFOPT, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    return done.stdout
 
 
 def test_tables_are_styled_on_a_terminal_unless_no_color_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,3 +73,12 @@ def test_a_pipe_is_as_wide_as_columns_says_or_120(monkeypatch: pytest.MonkeyPatc
     found = in_a_pipe(*COMMANDS["results"])
     assert "Traceback" not in found
     assert max(map(len, found.splitlines())) in allowed
+
+
+def test_nobody_there_to_ask_is_a_no(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").touch()
+    said = in_a_pipe("results", "rm", str(tmp_path))
+    assert said.splitlines() == ["error: nobody is there to confirm the removal", "hint: add --yes"]
+    assert (tmp_path / "samples.jsonl").is_file()
+    said = in_a_pipe("models", "rm", "tiny")
+    assert said.splitlines()[-2:] == ["error: tiny: kept", "hint: --yes removes without asking"]
