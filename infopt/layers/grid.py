@@ -24,15 +24,16 @@ LOAD_TRAFFIC_BYTES = 600
 
 @dataclass(frozen=True)
 class Grid:
-    """`bits` per weight, q·scale; one scale per `group_size` input features of a row, or per row when None (per channel).
+    """`bits` per weight; one scale per `group_size` input features of a row, or per row when None (per channel).
 
-    `scale_dtype` is what scales are rounded to and stored in; `auto` is the model's dtype.
-    Symmetric only: transformers 5.23 refuses the packed zero points that compressed-tensors 0.20 stores.
+    Symmetric: q·scale, asymmetric: (q − zero)·scale. `scale_dtype` is what scales are rounded to and stored in; `auto`
+    is the model's dtype.
     """
 
     bits: int
     group_size: int | None = None
     scale_dtype: ScaleDType = "auto"
+    symmetric: bool = True
 
     def stored_bytes(self, shape: tuple[int, int], model_bytes: float) -> int:
         """Bytes of one packed [out, in] weight with its scales and shape (two int64).

@@ -6,8 +6,8 @@ activations, with one scale per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -42,10 +42,25 @@ def left_alone(model: nn.Module, packed: Mapping[str, Any]) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
 
 
-def scheme(grid: Grid) -> QuantizationScheme:
+class Scales(NamedTuple):
+    """How the groups of one [out, in] weight map to integers: weight ≈ (q − zero) · scale.
+
+    `scale` float32 [out, groups], exactly the value that a reload multiplies by; `zero` float32 [out, groups] holds
+    integers, None on a symmetric grid.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+
+    def columns(self, index: torch.Tensor | slice) -> Scales:
+        """Those of some groups."""
+        return Scales(self.scale[:, index], None if self.zero is None else self.zero[:, index])
+
+
+def scheme(grid: Grid, targets: Sequence[str] = ("Linear",)) -> QuantizationScheme:
     from compressed_tensors.quantization import QuantizationScheme
 
-    return QuantizationScheme(targets=["Linear"], weights=_arguments(grid), format=FORMAT)
+    return QuantizationScheme(targets=list(targets), weights=_arguments(grid), format=FORMAT)
 
 
 def _arguments(grid: Grid) -> QuantizationArgs:
@@ -53,44 +68,90 @@ def _arguments(grid: Grid) -> QuantizationArgs:
 
     return QuantizationArgs(
         num_bits=grid.bits,
-        symmetric=True,
+        symmetric=grid.symmetric,
         strategy="group" if grid.group_size else "channel",
         group_size=grid.group_size,
     )
 
 
-@torch.no_grad()
-def pack(weight: torch.Tensor, grid: Grid) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Rounds one [out, in] weight to the nearest points of `grid`.
+def fit(weight: torch.Tensor, grid: Grid, dtype: torch.dtype | None = None, shrink: torch.Tensor | float = 1.0) -> Scales:
+    """The scales that map each group's range, times `shrink` ([out, groups] or a number), to the integers of `grid`.
 
-    Returns the tensors to store (`weight_packed`, `weight_scale`, `weight_shape`) and
-    the dequantized weight, in the weight's dtype, bit for bit as a reload makes it.
+    `dtype`: the model's, the weight's when None. A reload casts scales to it, so they are rounded to it first. Raises
+    InputError for a range that the scales' dtype cannot hold.
     """
-    from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    rule, codec = scheme(grid), BaseCompressor.get_value_from_registry(FORMAT)
-    full = weight.float()
-    groups = full.view(full.shape[0], -1, grid.group_size or full.shape[1])  # [out, groups, group]
-    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), rule.weights)
-    # A reload casts scales to the model's dtype: round to both first, so that weights are rounded against what is used.
-    rounded = scale.to(weight.dtype)
-    stored = rounded if grid.scale_dtype == "auto" else rounded.to(getattr(torch, grid.scale_dtype))
+    groups = weight.float().view(weight.shape[0], -1, grid.group_size or weight.shape[1])  # [out, groups, group]
+    scale, zero = calculate_qparams(groups.amin(-1) * shrink, groups.amax(-1) * shrink, _arguments(grid))
+    stored = _stored(scale.to(dtype or weight.dtype), grid)
     if not stored.float().isfinite().all() or not stored.float().gt(0).all():
         raise InputError(f"a weight's scale does not fit {stored.dtype}", hint="set scale_dtype: float32")
-    packed = codec.compress({"weight": full, "weight_scale": stored.float()}, rule)
-    dense = codec.decompress({**packed, "weight_scale": stored.to(weight.dtype)}, rule)["weight"]
-    packed["weight_scale"] = stored
-    return {name: tensor.contiguous().cpu() for name, tensor in packed.items()}, dense.to(weight.dtype)
+    return Scales(stored.float(), None if grid.symmetric else zero.float())
 
 
-def config(grid: Grid, ignored: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of the saved `config.json`. `ignored`: full names of the linear layers left alone."""
+def _stored(scale: torch.Tensor, grid: Grid) -> torch.Tensor:
+    return scale if grid.scale_dtype == "auto" else scale.to(getattr(torch, grid.scale_dtype))
+
+
+def nearest(weight: torch.Tensor, scales: Scales, grid: Grid) -> torch.Tensor:
+    """`weight` float32 [out, n] rounded to the grid's points, float32; `scales` broadcast against it ([out, 1] or [out, n])."""
+    low, high = -(1 << (grid.bits - 1)), (1 << (grid.bits - 1)) - 1
+    if scales.zero is None:
+        return weight.div(scales.scale).round_().clamp_(low, high).mul_(scales.scale)
+    return weight.div(scales.scale).add_(scales.zero).round_().clamp_(low, high).sub_(scales.zero).mul_(scales.scale)
+
+
+def spread(scales: Scales, grid: Grid, inner: int) -> Scales:
+    """[out, groups] → [out, in]: the scale of every weight."""
+    size = grid.group_size or inner
+    return Scales(*(None if part is None else part.repeat_interleave(size, 1) for part in scales))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def store(
+    weight: torch.Tensor, scales: Scales, grid: Grid, dtype: torch.dtype | None = None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Rounds one [out, in] weight to the points that `scales` span.
+
+    Returns the tensors to store (`weight_packed`, `weight_scale`, `weight_shape`, and `weight_zero_point` where there is
+    one) and the dequantized weight, in `dtype` (the model's, the weight's when None), bit for bit as a reload makes it.
+    """
+    from compressed_tensors.compressors import BaseCompressor
+
+    dtype = dtype or weight.dtype
+    rule, codec = scheme(grid), BaseCompressor.get_value_from_registry(FORMAT)
+    state = {"weight": weight.float(), "weight_scale": scales.scale}
+    if scales.zero is not None:
+        state["weight_zero_point"] = scales.zero.to(torch.int8)
+    packed = codec.compress(state, rule)
+    dense = codec.decompress({**packed, "weight_scale": scales.scale.to(dtype)}, rule)["weight"]
+    packed["weight_scale"] = _stored(scales.scale.to(dtype), grid)
+    return {name: tensor.contiguous().cpu() for name, tensor in packed.items()}, dense.to(dtype)
+
+
+def pack(weight: torch.Tensor, grid: Grid) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Rounds one [out, in] weight to the nearest points of `grid`. Returns what `store` returns."""
+    return store(weight, fit(weight, grid), grid)
+
+
+def config(grids: Mapping[str, Grid] | Grid, ignored: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of the saved `config.json`.
+
+    `grids`: one for every linear layer, or module names with theirs. `ignored`: full names of the linear layers left alone.
+    """
     from compressed_tensors.quantization import QuantizationConfig
 
-    described = QuantizationConfig(
-        config_groups={"group_0": scheme(grid)}, format=FORMAT, quantization_status="compressed", ignore=ignored
-    )
+    if isinstance(grids, Grid):
+        groups = {"group_0": scheme(grids)}
+    else:
+        names: dict[Grid, list[str]] = {}
+        for name, grid in grids.items():
+            names.setdefault(grid, []).append(name)
+        groups = {f"group_{i}": scheme(grid, targets) for i, (grid, targets) in enumerate(names.items())}
+        if len(groups) == 1:
+            groups = {"group_0": scheme(next(iter(names)))}
+    described = QuantizationConfig(config_groups=groups, format=FORMAT, quantization_status="compressed", ignore=ignored)
     return {**described.model_dump(mode="json"), "quant_method": "compressed-tensors"}
 
 
