@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 Progress = Callable[[str], None]
@@ -136,5 +137,7 @@ class Context:
     calibration_ids: tuple[tuple[int, ...], ...] = ()
     """Token ids of the recipe's calibration text, one tuple per sample."""
     progress: Progress = lambda line: None
+    unfinished: Path | None = None
+    """A folder for what lets an interrupted step go on; None keeps nothing."""
     services: dict[str, Callable[..., Any]] = field(default_factory=dict)
     """Further services by name (`fidelity`, `generate`, …), put there by `pipeline`."""

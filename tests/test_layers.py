@@ -26,6 +26,7 @@ LEVELS: list[list[str]] = [
     ["model"],
     ["kernels"],
     ["layers"],
+    ["calibrate"],
     ["runtime"],
     ["techniques", "engines", "measure", "quality"],
     ["arms", "judging", "process"],
@@ -38,7 +39,7 @@ LEVELS: list[list[str]] = [
 ]
 LEVEL_OF = {unit: number for number, units in enumerate(LEVELS) for unit in units}
 #: May import torch when they are imported themselves; everything else only inside functions.
-TORCH_AT_IMPORT = ("layers", "kernels", "runtime")
+TORCH_AT_IMPORT = ("layers", "kernels", "calibrate", "runtime")
 HEAVY = {"torch", "transformers", "bitsandbytes", "compressed_tensors", "optimum", "accelerate", "peft", "scipy"}
 MODULES = sorted(path for path in ROOT.rglob("*.py"))
 

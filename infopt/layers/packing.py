@@ -56,6 +56,16 @@ class Scales(NamedTuple):
         """Those of some groups."""
         return Scales(self.scale[:, index], None if self.zero is None else self.zero[:, index])
 
+    def rows(self, index: slice) -> Scales:
+        """Those of some output rows."""
+        return Scales(self.scale[index], None if self.zero is None else self.zero[index])
+
+    def put(self, group: int, other: Scales) -> None:
+        """Replaces those of one group by `other`, of one group."""
+        self.scale[:, group : group + 1] = other.scale
+        if self.zero is not None and other.zero is not None:
+            self.zero[:, group : group + 1] = other.zero
+
 
 def scheme(grid: Grid, targets: Sequence[str] = ("Linear",)) -> QuantizationScheme:
     from compressed_tensors.quantization import QuantizationScheme
