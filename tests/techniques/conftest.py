@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from stub_techniques import CALIBRATION
 
 from infopt import techniques
 from infopt.needs import missing_need
@@ -31,7 +32,7 @@ def make() -> Make:
     def technique(name: str, **options: Any) -> Technique:
         kind = techniques.find(name)
         made = kind(kind.Options(**options))
-        lacking = missing_need(made.needs)
+        lacking = missing_need(made.needs, "cpu" if made.needs.cpu else "auto")
         if lacking:
             pytest.skip(f"{name} {lacking.message}")
         if name == "quanto" and made.needs.compiler and os.environ.get("INFOPT_TEST_QUANTO") != "1":
@@ -53,7 +54,7 @@ def build() -> Build:
         from infopt.model.plan import LoadPlan
 
         plan = technique.plan(LoadPlan(dtype=dtype))
-        return technique.apply(load.load(reference.parse(str(model)), plan), Context())
+        return technique.apply(load.load(reference.parse(str(model)), plan), Context(calibration_ids=CALIBRATION))
 
     return bundle
 

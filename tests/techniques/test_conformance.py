@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from stub_techniques import CALIBRATION
 
 from infopt import optimize, recipe, techniques
 from infopt.model import checkpoint, load, reference, save, shapes
@@ -154,5 +155,6 @@ def test_apply_uses_the_context_it_is_given(name: str, make: Make) -> None:
     from infopt.model.plan import LoadPlan
 
     technique, lines = make(name), []
-    technique.apply(load.load(reference.parse("tiny"), technique.plan(LoadPlan())), Context(progress=lines.append))
+    context = Context(calibration_ids=CALIBRATION, progress=lines.append)
+    technique.apply(load.load(reference.parse("tiny"), technique.plan(LoadPlan())), context)
     assert all("\n" not in line for line in lines)
