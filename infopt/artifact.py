@@ -17,6 +17,19 @@ from infopt.result import Record, read_record
 FILE = "infopt.json"
 
 
+class StepQuality(Record):
+    """The model after a step against the model before the first, on `tokens` tokens of bundled text. KLD in nats."""
+
+    tokens: int
+    kld_mean: float
+    kld_low: float | None
+    kld_high: float | None
+    ppl_ratio: float
+    ppl_ratio_low: float | None
+    ppl_ratio_high: float | None
+    top1_agreement: float
+
+
 class StepRecord(Record):
     """One weight step as it really went. `peak_bytes` is resident host memory, or device memory on a GPU."""
 
@@ -24,6 +37,10 @@ class StepRecord(Record):
     options: dict[str, Any]
     seconds: float
     peak_bytes: int | None
+    weights_bytes: int | None = None
+    """What the model's weights would take on disk after this step."""
+    quality: StepQuality | None = None
+    """None where the recipe has one step only, or running the model in between would have spoilt it."""
     is_at_load: bool
     """True: there is no file format for it; the artifact holds the weights from before and repeats it when opened."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import time
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING
 
 from infopt import __version__, artifact, pipeline, units
 from infopt.arms import ArmSpec, file_name
-from infopt.artifact import Artifact, LoadBack, StepRecord
+from infopt.artifact import Artifact, LoadBack
 from infopt.data import texts
-from infopt.errors import InputError, LoadBackError
-from infopt.measure import memory
+from infopt.errors import DiskFullError, InputError, LoadBackError
 from infopt.model import atomic, cache, load, reference, save, shapes
 from infopt.model.quiet import quiet
 from infopt.protocols import Context, Progress
 from infopt.recipe import EngineSection, Recipe
 from infopt.result import dump
 from infopt.settings import LoadOptions
+from infopt.step_log import StepLog
 from infopt.techniques.base import Technique
 
 if TYPE_CHECKING:
@@ -37,11 +37,22 @@ if TYPE_CHECKING:
     from infopt.model.reference import ModelReference
 
 
-def optimize(model: str, chosen: Recipe, out: Path, options: LoadOptions, progress: Progress = lambda line: None) -> Artifact:
+def optimize(
+    model: str,
+    chosen: Recipe,
+    out: Path,
+    options: LoadOptions,
+    progress: Progress = lambda line: None,
+    *,
+    resume: bool | None = False,
+    beside: Path | None = None,
+) -> Artifact:
     """Writes the artifact of `model` under `chosen` to `out`.
 
-    Raises InputError when `out` exists or the model is an artifact already, LoadBackError when the saved weights do not
-    reload as what was made, DiskFullError when there is no room.
+    `resume`: go on where an interrupted run of the same recipe, with the same `out`, has stopped (None: if there is one).
+    What such a run leaves lies beside `beside`, which is `out` unless given. Raises InputError when
+    `out` exists, the model is an artifact already or there is nothing to go on from, LoadBackError when the saved weights
+    do not reload as what was made, DiskFullError when there is no room.
     """
     if artifact.is_artifact(Path(model)):
         source = artifact.read_artifact(Path(model)).reference
@@ -52,60 +63,97 @@ def optimize(model: str, chosen: Recipe, out: Path, options: LoadOptions, progre
     ref = pipeline.resolve(model, options)
     device = pipeline.device_name(options.device)
     pipeline.set_threads(options.threads)
-    steps: list[_Measured] = []
-    bundle, found, text_hash = pipeline.build(
-        ref, chosen, device, options=options, progress=progress, watch=lambda index: _measure(steps, index, device)
-    )
-    with atomic.new_folder(out) as staging:
-        made = _Build(ref, chosen, device, options, bundle, found, staging, progress)
-        del bundle  # `made` lets go of it before it loads the saved one
-        checks = made.save_and_check(steps)
-        document = Artifact(
-            created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-            infopt_version=__version__,
-            reference=model,
-            reference_description=made.description,
-            reference_hash=reference.fingerprint(ref),
-            revision=options.revision,
-            recipe=chosen.as_dict(),
-            steps=_records(chosen, found, steps),
-            load_back=tuple(checks),
-            calibration_hash=text_hash,
-            seed=options.seed,
-            versions=pipeline.versions(),
-            bytes_before=shapes.stored_bytes(ref),
-            bytes_after=shapes.stored_bytes(staging),
-            content_hash=made.content_hash,
+    log = StepLog(chosen, device, len(chosen.steps) > 1, progress)
+    with unfinished(beside or out, build_key(ref, chosen, options), resume) as kept:
+        bundle, found, text_hash = pipeline.build(
+            ref, chosen, device, options=options, progress=progress, observer=log, unfinished=kept
         )
-        (staging / artifact.FILE).write_text(dump(document), encoding="utf-8")
-        (staging / "README.md").write_text(model_card(document), encoding="utf-8")
+        with atomic.new_folder(out) as staging:
+            made = _Build(ref, chosen, device, options, bundle, found, staging, progress)
+            del bundle  # `made` lets go of it before it loads the saved one
+            checks = made.save_and_check(log)
+            document = Artifact(
+                created_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+                infopt_version=__version__,
+                reference=model,
+                reference_description=made.description,
+                reference_hash=reference.fingerprint(ref),
+                revision=options.revision,
+                recipe=chosen.as_dict(),
+                steps=log.records(pipeline.first_at_load(chosen, found)),
+                load_back=tuple(checks),
+                calibration_hash=text_hash,
+                seed=options.seed,
+                versions=pipeline.versions(),
+                bytes_before=shapes.stored_bytes(ref),
+                bytes_after=shapes.stored_bytes(staging),
+                content_hash=made.content_hash,
+            )
+            (staging / artifact.FILE).write_text(dump(document), encoding="utf-8")
+            (staging / "README.md").write_text(model_card(document), encoding="utf-8")
     return document
+
+
+@contextmanager
+def unfinished(out: Path, key: str, resume: bool | None) -> Iterator[Path]:
+    """A folder beside `out` where steps keep their finished parts; gone when the block ends well, or nothing was finished.
+
+    Raises InputError for `resume` where there is nothing to go on from, or it was made by another recipe.
+    """
+    folder = out.with_name(f".{out.name}.unfinished")
+    stamp = folder / "key"
+    if resume is None:
+        resume = stamp.is_file() and stamp.read_text(encoding="utf-8") == key
+    if resume and not stamp.is_file():
+        raise InputError(f"{out}: no interrupted run to go on from", hint="leave out --resume")
+    if resume and stamp.read_text(encoding="utf-8") != key:
+        raise InputError(
+            f"{out}: the interrupted run had another model, recipe, seed, calibration text or library version",
+            hint="leave out --resume to start over, or choose another --out",
+        )
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    with atomic.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(key, encoding="utf-8")
+    try:
+        yield folder
+    except BaseException as error:
+        lasting = isinstance(error, KeyboardInterrupt | SystemExit | DiskFullError)
+        if not (lasting and any(folder.glob("*/*"))):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def build_key(ref: ModelReference, chosen: Recipe, options: LoadOptions) -> str:
+    """What an artifact's weights follow from: reference, resolved steps, dtype, seed, calibration text, library versions."""
+    found = pipeline.build_techniques(chosen, shapes.shapes(ref), options.device)
+    calibration = None
+    if any(technique.needs.calibration for technique in found):
+        section = chosen.calibration
+        calibration = {**section.model_dump(), "hash": texts.content_hash(texts.read_text(section.text, "calibration"))}
+    key = {
+        "reference": reference.fingerprint(ref),
+        "steps": [step.as_dict() for step in chosen.steps],
+        "dtype": chosen.engine.dtype,
+        "seed": options.seed,
+        "calibration": calibration,
+        "versions": pipeline.versions(),
+    }
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def ensure(spec: ArmSpec, options: LoadOptions, progress: Progress = lambda line: None) -> Path | None:
     """The cached artifact of an arm, made now if need be; None for an arm that leaves the weights alone.
 
-    Keyed by reference hash, resolved steps, dtype, seed, calibration text and library versions.
+    Found again by its `build_key`.
     """
     if spec.is_artifact:
         return Path(spec.model)
     if not pipeline.changes_weights(spec.recipe):
         return None
-    ref = pipeline.resolve(spec.model, options)
-    found = pipeline.build_techniques(spec.recipe, shapes.shapes(ref))
-    calibration = None
-    if any(technique.needs.calibration for technique in found):
-        section = spec.recipe.calibration
-        calibration = {**section.model_dump(), "hash": texts.content_hash(texts.read_text(section.text, "calibration"))}
-    key = {
-        "reference": reference.fingerprint(ref),
-        "steps": [step.as_dict() for step in spec.recipe.steps],
-        "dtype": spec.recipe.engine.dtype,
-        "seed": options.seed,
-        "calibration": calibration,
-        "versions": pipeline.versions(),
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    digest = build_key(pipeline.resolve(spec.model, options), spec.recipe, options)
     folder = cache.cache_dir() / "artifacts" / f"{file_name(spec.recipe.name)}-{digest}"
     # The arm brings its own run-time half and gates: arms that differ only there share one artifact.
     stored = Recipe(
@@ -116,7 +164,7 @@ def ensure(spec: ArmSpec, options: LoadOptions, progress: Progress = lambda line
     )
 
     def build(target: Path) -> None:
-        optimize(spec.model, stored, target, options, progress)
+        optimize(spec.model, stored, target, options, progress, resume=None, beside=folder)
 
     return cache.build_once(folder, build)
 
@@ -136,7 +184,7 @@ class _Build:
     content_hash: str | None = None
     description: str = ""
 
-    def save_and_check(self, steps: list[_Measured]) -> list[LoadBack]:
+    def save_and_check(self, log: StepLog) -> list[LoadBack]:
         """Saves, then opens the folder the way its users will."""
         assert self.bundle is not None
         first = pipeline.first_at_load(self.recipe, self.techniques)
@@ -147,13 +195,16 @@ class _Build:
         # Only now: some libraries repack their weights for this machine when they first run.
         ids = probe_ids(self.bundle)
         stored = probe(self.bundle, ids)
+        if 0 < first == len(self.techniques):
+            log.judge(first - 1, self.bundle)
         at_load = None
         if first < len(self.techniques):
             context = Context(seed=self.options.seed, device=self.device, progress=self.progress)
             for index in range(first, len(self.techniques)):
                 self.progress(f"applying {self.recipe.steps[index].name}")
-                with _measure(steps, index, self.device):
+                with log.step(index):
                     self.bundle = self.techniques[index].apply(self.bundle, context)
+                log.judge(index, self.bundle)
             at_load = probe(self.bundle, ids)
         self.bundle = None
         gc.collect()
@@ -207,36 +258,6 @@ def compare_probe(made: torch.Tensor, reloaded: torch.Tensor, tolerance: float, 
 
 #: Where a tensor lies in memory alone moves float32 logits by about 1e-6: its alignment picks the kernel.
 ROUNDING = 1e-4
-
-
-@dataclass
-class _Measured:
-    index: int
-    seconds: float = 0.0
-    peak_bytes: int | None = None
-
-
-@contextmanager
-def _measure(steps: list[_Measured], index: int, device: str) -> Iterator[None]:
-    memory.reset_peak(device)
-    start = time.perf_counter()
-    yield
-    steps.append(_Measured(index, time.perf_counter() - start, memory.peak_bytes(device)))
-
-
-def _records(chosen: Recipe, found: list[Technique], steps: list[_Measured]) -> tuple[StepRecord, ...]:
-    measured = {step.index: step for step in steps}
-    first = pipeline.first_at_load(chosen, found)
-    return tuple(
-        StepRecord(
-            name=step.name,
-            options=step.options.model_dump(mode="json"),
-            seconds=measured[index].seconds if index in measured else 0.0,
-            peak_bytes=measured[index].peak_bytes if index in measured else None,
-            is_at_load=index >= first,
-        )
-        for index, step in enumerate(chosen.steps)
-    )
 
 
 def model_card(document: Artifact) -> str:

@@ -6,7 +6,7 @@ and the quality checks open arms through it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -60,12 +60,15 @@ def resolve(model: str, options: LoadOptions) -> ModelReference:
     return reference.parse(model, revision=options.revision, trust_remote_code=options.trust_remote_code)
 
 
-def build_techniques(chosen: Recipe, model_shapes: Shapes) -> list[Technique]:
-    """The recipe's techniques, each checked against the model's shapes and this machine. Raises RecipeError, MissingNeedError."""
+def build_techniques(chosen: Recipe, model_shapes: Shapes, device: str = "auto") -> list[Technique]:
+    """The recipe's techniques, each checked against the model's shapes, this machine and the device asked for.
+
+    Raises RecipeError, MissingNeedError.
+    """
     found = []
     for index, step in enumerate(chosen.steps):
         technique = techniques.find(step.name, chosen.place(index))(step.options)
-        lacking = missing_need(technique.needs)
+        lacking = missing_need(technique.needs, device)
         if lacking:
             raise MissingNeedError(f"{chosen.place(index)}: {lacking.message}", hint=lacking.hint)
         technique.check(model_shapes, chosen.place(index))
@@ -92,7 +95,7 @@ def predict(chosen: Recipe, model_shapes: Shapes, loaded: Prediction, machine: M
     """What every step will cost, by name, from the model as `loaded`."""
     rows = []
     state = loaded
-    for technique, step in zip(build_techniques(chosen, model_shapes), chosen.steps, strict=True):
+    for technique, step in zip(build_techniques(chosen, model_shapes, machine.device), chosen.steps, strict=True):
         state = technique.predict(model_shapes, state, machine)
         rows.append((step.name, state))
     return rows
@@ -106,8 +109,19 @@ def calibration_ids(chosen: Recipe, tokenizer: Any) -> tuple[tuple[tuple[int, ..
     return texts.windows(ids, section.tokens, section.samples, section.seed), texts.content_hash(text)
 
 
-Watch = Callable[[int], AbstractContextManager[Any]]
-"""Called with a step's index; what it returns is entered around the step."""
+class Observer:
+    """What `build` tells while it runs. This one listens to nothing."""
+
+    wants_reference = False
+    """Whether `loaded` must be called with the model as it is before any step."""
+
+    def loaded(self, bundle: Bundle) -> None: ...
+
+    def step(self, index: int) -> AbstractContextManager[None]:
+        """Entered around a step."""
+        return nullcontext()
+
+    def done(self, index: int, bundle: Bundle) -> None: ...
 
 
 def build(
@@ -117,13 +131,16 @@ def build(
     *,
     options: LoadOptions,
     progress: Progress = lambda line: None,
-    watch: Watch = lambda index: nullcontext(),
+    observer: Observer | None = None,
+    unfinished: Path | None = None,
 ) -> tuple[Bundle, list[Technique], str | None]:
     """Plan → load → apply, up to the first step that a file cannot hold (see `Technique.at_load`).
 
-    Returns the open model, all techniques of the recipe, and the calibration text's hash where one was read.
+    `unfinished`: a folder where steps keep what lets an interrupted run go on. Returns the open model, all techniques
+    of the recipe, and the calibration text's hash where one was read.
     """
-    found = build_techniques(chosen, shapes.shapes(ref))
+    observer = observer or Observer()
+    found = build_techniques(chosen, shapes.shapes(ref), device)
     storable = found[: first_at_load(chosen, found)]
     plan = load_plan(chosen, device, trust_remote_code=options.trust_remote_code)
     for technique in storable:
@@ -131,8 +148,12 @@ def build(
     progress(f"loading {ref.text}")
     # A technique that only plans does its work while the weights are read: loading is its step.
     loading = next((i for i, t in enumerate(storable) if type(t).apply is Technique.apply), None)
-    with nullcontext() if loading is None else watch(loading):
+    if observer.wants_reference and loading is not None:
+        observer.loaded(load.load(ref, load_plan(chosen, device, trust_remote_code=options.trust_remote_code), progress))
+    with nullcontext() if loading is None else observer.step(loading):
         bundle = load.load(ref, plan, progress)
+    if observer.wants_reference and loading is None:
+        observer.loaded(bundle)
     samples: tuple[tuple[int, ...], ...] = ()
     text_hash = None
     if any(technique.needs.calibration for technique in storable):
@@ -141,9 +162,11 @@ def build(
     for index, technique in enumerate(storable):
         if index != loading:
             progress(f"applying {chosen.steps[index].name}")
-            with watch(index):
-                bundle = technique.apply(bundle, context)
+            own = unfinished / f"{index}-{chosen.steps[index].name}" if unfinished else None
+            with observer.step(index):
+                bundle = technique.apply(bundle, replace(context, unfinished=own))
         bundle = replace(bundle, steps=(*bundle.steps, chosen.steps[index].name))
+        observer.done(index, bundle)
     return bundle, found, text_hash
 
 
@@ -178,7 +201,7 @@ def finish(folder: Path, chosen: Recipe, at_load: Sequence[int], device: str, op
     found = [techniques.find(step.name, chosen.place(i))(step.options) for i, step in enumerate(chosen.steps)]
     plan = load_plan(chosen, device, trust_remote_code=options.trust_remote_code)
     for index in at_load:
-        lacking = missing_need(found[index].needs)
+        lacking = missing_need(found[index].needs, device)
         if lacking:
             raise MissingNeedError(f"{chosen.place(index)}: {lacking.message}", hint=lacking.hint)
         plan = found[index].plan(plan)

@@ -28,7 +28,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """The recipes that `ensure` had built; building is a folder with a file."""
     recipes: list[Recipe] = []
 
-    def fake(model: str, recipe: Recipe, out: Path, options: LoadOptions, progress: Any) -> None:
+    def fake(model: str, recipe: Recipe, out: Path, options: LoadOptions, progress: Any, **rest: Any) -> None:
         recipes.append(recipe)
         (out / "infopt.json").write_text(json.dumps(len(recipes)), encoding="utf-8")
 

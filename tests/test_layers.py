@@ -31,6 +31,7 @@ LEVELS: list[list[str]] = [
     ["techniques", "engines", "measure", "quality"],
     ["arms", "judging", "process"],
     ["arm_run", "pipeline"],
+    ["step_log"],
     ["assess", "bench", "doctor", "forecast", "inspect", "models", "optimize", "results"],
     ["compare", "generate", "worker"],
     ["demo"],

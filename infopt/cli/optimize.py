@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from infopt.cli.shell import AsJson, Device, DType, Quiet, Recipe, Revision, Seed, Set, Threads, Trust, Verbose, reporting
+
+if TYPE_CHECKING:
+    from infopt.artifact import StepRecord
 
 
 def optimize(
@@ -15,6 +18,7 @@ def optimize(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The artifact's folder; must not exist yet.")] = None,
     recipe: Recipe = None,
     overrides: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run with this --out stopped.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict memory, disk and seconds per step; touch nothing.")] = False,
     device: Device = "auto",
     dtype: DType = None,
@@ -44,7 +48,7 @@ def optimize(
         _print_forecast(forecast(model, spec.recipe, target, options), as_json)
         return
     with reporting(quiet, verbose) as progress:
-        made = use_case.optimize(model, spec.recipe, target, options, progress)
+        made = use_case.optimize(model, spec.recipe, target, options, progress, resume=resume)
     if as_json:
         typer.echo(made.model_dump_json(indent=2))
         return
@@ -52,11 +56,25 @@ def optimize(
 
     for step in made.steps:
         where = ", repeated at load" if step.is_at_load else ""
-        typer.echo(f"{step.name}: {units.duration(step.seconds)}, peak {units.size(step.peak_bytes)}{where}")
+        typer.echo(f"{step.name}: {units.duration(step.seconds)}, peak {units.size(step.peak_bytes)}{where}{_quality(step)}")
     check = made.load_back[-1]
     typer.echo(f"stored weights: {units.size(made.bytes_before)} → {units.size(made.bytes_after)}")
     typer.echo(f"loaded back: logits within {units.significant(check.max_abs_logit_difference)} on {check.tokens} tokens")
     typer.echo(f"artifact: {target}")
+
+
+def _quality(step: StepRecord) -> str:
+    """What the model is worth after a step of several."""
+    from infopt import units
+
+    found = step.quality
+    if found is None:
+        return ""
+    span = "" if found.kld_low is None else f" [{units.significant(found.kld_low)}, {units.significant(found.kld_high)}]"
+    return (
+        f"; then {units.size(step.weights_bytes)}, KLD {units.significant(found.kld_mean)}{span}, perplexity "
+        f"×{found.ppl_ratio:.3f}, top-1 {found.top1_agreement:.1%}"
+    )
 
 
 def _print_forecast(found: object, as_json: bool) -> None:

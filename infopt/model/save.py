@@ -46,6 +46,11 @@ def save(bundle: Bundle, folder: Path, extra_files: Mapping[str, str] | None = N
         return Saved(checkpoint.tensor_bytes(temporary), _folder_bytes(temporary), content_hash(temporary))
 
 
+def stored_bytes(bundle: Bundle) -> int:
+    """Bytes of the tensors that `save` would write now."""
+    return _bytes(bundle, None if getattr(bundle.model, "hf_quantizer", None) is not None else _tensors(bundle))
+
+
 def require_free_target(folder: Path) -> None:
     """Raises InputError unless `folder` may be written: it does not exist, or is empty."""
     atomic.sweep(folder)
