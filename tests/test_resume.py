@@ -1,0 +1,125 @@
+"""Killed in the middle of a calibrated step, `optimize --resume` ends in the same bytes; steps of several are judged."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from stub_techniques import chosen, register
+
+from infopt import optimize
+from infopt.artifact import StepQuality
+from infopt.errors import DiskFullError, InputError
+from infopt.model import tiny
+from infopt.model.bundle import Bundle
+from infopt.model.quiet import quiet
+from infopt.needs import Needs
+from infopt.protocols import Context
+from infopt.settings import LoadOptions
+from infopt.techniques.base import Technique
+
+CPU = LoadOptions(device="cpu")
+CALIBRATION = {"samples": 16, "tokens": 64}
+RECIPE = "{version: 1, name: own, steps: [{gptq: {group_size: 32}}], calibration: {samples: 16, tokens: 64}}"
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of 16 blocks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("deep") / "deep"
+    with quiet():
+        config = LlamaConfig(**{**tiny._SHARED, "num_hidden_layers": 16, "tie_word_embeddings": True, "dtype": "float32"})
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def command(model: Path, recipe: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "infopt", "optimize", str(model), "-r", str(recipe), "-o", str(out), *more]
+
+
+def test_kill_9_in_block_12_then_resume_gives_the_identical_artifact(deep: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "own.yaml", tmp_path / "out"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    subprocess.run(command(deep, recipe, tmp_path / "whole", "--quiet"), check=True, capture_output=True)
+
+    child = subprocess.Popen(command(deep, recipe, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    finished = tmp_path / ".out.unfinished" / "0-gptq"
+    deadline = time.monotonic() + 120
+    while not (finished / "model.layers.11.safetensors").is_file():
+        assert child.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert not out.exists()
+
+    again = subprocess.run(command(deep, recipe, out, "--resume", "--verbose"), check=True, capture_output=True, text=True)
+    assert "going on after block" in again.stderr
+    assert not (tmp_path / ".out.unfinished").exists()
+    for name in ("model.safetensors", "config.json", "recipe.yaml"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_resume_is_refused_where_it_cannot_be_right(deep: Path, tmp_path: Path) -> None:
+    own = chosen({"gptq": {"group_size": 32}}, calibration=CALIBRATION)
+    with pytest.raises(InputError, match="no interrupted run to go on from"):
+        optimize.optimize(str(deep), own, tmp_path / "out", CPU, resume=True)
+    interrupt(deep, tmp_path / "out")
+    other = chosen({"gptq": {"group_size": 32, "bits": 3}}, calibration=CALIBRATION)
+    with pytest.raises(InputError, match="had another model, recipe, seed"):
+        optimize.optimize(str(deep), other, tmp_path / "out", CPU, resume=True)
+    optimize.optimize(str(deep), other, tmp_path / "out", CPU)  # starts over
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def interrupt(model: Path, out: Path, error: type[BaseException] = KeyboardInterrupt, after: str = "block 3/") -> None:
+    def progress(line: str) -> None:
+        if line.startswith(after):
+            raise error("told")
+
+    own = chosen({"gptq": {"group_size": 32}}, calibration=CALIBRATION)
+    with pytest.raises(error):
+        optimize.optimize(str(model), own, out, CPU, progress)
+
+
+def test_only_what_can_be_gone_on_from_is_left(deep: Path, tmp_path: Path) -> None:
+    interrupt(deep, tmp_path / "none", after="block 1/")
+    interrupt(deep, tmp_path / "failed", error=InputError)
+    assert list(tmp_path.iterdir()) == []
+    interrupt(deep, tmp_path / "full", error=DiskFullError)
+    assert [path.name for path in tmp_path.iterdir()] == [".full.unfinished"]
+
+
+class Halve(Technique):
+    """Halves one layer: a change of known size."""
+
+    needs = Needs()
+
+    def apply(self, bundle: Bundle, context: Context) -> Bundle:
+        bundle.model.get_submodule("model.layers.0.mlp.down_proj").weight.data.mul_(0.5)  # type: ignore[operator,union-attr]
+        return bundle
+
+
+def test_steps_of_several_are_judged_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    register(Halve, monkeypatch)
+    document = optimize.optimize("tiny", chosen("halve", {"rtn": {"group_size": 32}}), tmp_path / "out", CPU)
+    halve, rtn = document.steps
+    assert isinstance(halve.quality, StepQuality)
+    assert isinstance(rtn.quality, StepQuality)
+    assert halve.quality.kld_mean > 0
+    assert halve.quality.kld_low is not None
+    assert halve.quality.kld_low < halve.quality.kld_mean < (halve.quality.kld_high or 0)
+    assert rtn.quality.kld_mean != halve.quality.kld_mean
+    assert halve.weights_bytes is not None
+    assert rtn.weights_bytes is not None
+    assert rtn.weights_bytes < halve.weights_bytes
+    (alone,) = optimize.optimize("tiny", chosen("halve"), tmp_path / "alone", CPU).steps
+    assert alone.quality is None
