@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,15 +38,19 @@ class _SeenAll(Exception):  # noqa: N818 - no error: it ends a pass early
     pass
 
 
-class _Linears:
-    """Stands between a block and its linear layers while it runs: shows their inputs, answers from what is known."""
+class _Between:
+    """Stands between a block and its parts while it runs: shows what enters linear layers, answers for finished parts.
+
+    Parts are the linear layers and the modules right below the block that hold some (attention, feed-forward): once
+    attention is finished, neither its layers nor what is between them is computed again for these inputs.
+    """
 
     def __init__(self, block: Block) -> None:
         self.block = block
         self.wanted: set[str] = set()
         self.see: See = lambda name, x: None
         self.stop_early = False
-        self.kept: dict[tuple[str, int], torch.Tensor] = {}
+        self.kept: dict[tuple[str, int], Any] = {}
         self.kept_bytes = 0
         self.batch = 0
         self._left: set[str] = set()
@@ -53,22 +58,24 @@ class _Linears:
     def start(self, batch: int) -> None:
         self.batch, self._left = batch, set(self.wanted)
 
-    def __call__(self, name: str, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, name: str, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
         if name in self._left:
-            self.see(name, x.flatten(0, -2))
+            self.see(name, given[0].flatten(0, -2))
             self._left.discard(name)
             if self.stop_early and not self._left:
                 raise _SeenAll
-        if name not in self.block.finished:
-            return forward(x)
         key = (name, self.batch)
-        if key not in self.kept:
-            y = forward(x)
-            if not self.stop_early or self.kept_bytes + y.nbytes > KEPT_BYTES:
-                return y
-            self.kept[key] = y
-            self.kept_bytes += y.nbytes
-        return self.kept[key]
+        if key in self.kept:
+            return self.kept[key]
+        out = forward(*given, **named)
+        if self.stop_early and self.block.is_finished(name):
+            size = sum(part.nbytes for part in (out if isinstance(out, tuple) else (out,)) if isinstance(part, torch.Tensor))
+            if self.kept_bytes + size <= KEPT_BYTES:
+                self.kept[key] = out
+                self.kept_bytes += size
+                for inner in [inner for inner in self.kept if inner[1] == self.batch and inner[0].startswith(f"{name}.")]:
+                    self.kept_bytes -= self.kept.pop(inner).nbytes
+        return out
 
 
 @dataclass
@@ -92,7 +99,7 @@ class Block:
     packed: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._between = _Linears(self)
+        self._between = _Between(self)
         self._stages: list[tuple[str, ...]] | None = None
 
     @property
@@ -148,16 +155,25 @@ class Block:
                 except _SeenAll:
                     continue
 
+    def is_finished(self, part: str) -> bool:
+        """Whether a layer, or all layers of a module right below the block, will not change again."""
+        inside = {name for name in self.linears if name == part or name.startswith(f"{part}.")}
+        return inside <= self.finished
+
     @contextmanager
     def _intercepted(self) -> Iterator[None]:
-        between, layers = self._between, self.linears
-        for name, layer in layers.items():
-            layer.forward = lambda x, name=name, forward=layer.forward: between(name, forward, x)  # type: ignore[method-assign,misc]
+        children = {f"{self.name}.{name}": child for name, child in self.module.named_children()}
+        layers = self.linears
+        parts = layers | {
+            name: child for name, child in children.items() if any(inner.startswith(f"{name}.") for inner in layers)
+        }
+        for name, part in parts.items():
+            part.forward = partial(self._between, name, part.forward)  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for layer in layers.values():
-                del layer.forward
+            for part in parts.values():
+                del part.forward
 
 
 @torch.no_grad()

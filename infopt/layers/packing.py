@@ -60,11 +60,18 @@ class Scales(NamedTuple):
         """Those of some output rows."""
         return Scales(self.scale[index], None if self.zero is None else self.zero[index])
 
-    def put(self, group: int, other: Scales) -> None:
-        """Replaces those of one group by `other`, of one group."""
-        self.scale[:, group : group + 1] = other.scale
-        if self.zero is not None and other.zero is not None:
-            self.zero[:, group : group + 1] = other.zero
+    def by_group(self) -> list[Scales]:
+        """Each group's by itself, transposed: [1, out]."""
+        return [
+            Scales(self.scale[:, g][None].contiguous(), None if self.zero is None else self.zero[:, g][None].contiguous())
+            for g in range(self.scale.shape[1])
+        ]
+
+    @staticmethod
+    def of_groups(each: Sequence[Scales]) -> Scales:
+        """What `by_group` took apart."""
+        zeros = [part.zero for part in each if part.zero is not None]
+        return Scales(torch.cat([part.scale for part in each]).T.contiguous(), torch.cat(zeros).T.contiguous() if zeros else None)
 
 
 def scheme(grid: Grid, targets: Sequence[str] = ("Linear",)) -> QuantizationScheme:

@@ -128,22 +128,24 @@ def round_columns(
     inner = weight.shape[1]
     size = rule.group_size or inner
     step = max(COLUMNS // size * size, size) if rule.group_size else COLUMNS  # whole groups
-    scales = packing.fit(weight, rule, dtype)
+    each = packing.fit(weight, rule, dtype).by_group()
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inner, device=weight.device)
-    weight, upper = weight[:, order], inverse_factor(hessian[order][:, order], damping)
-    rounded, group = torch.empty_like(weight), (order // size).tolist()
+    upper = inverse_factor(hessian[order][:, order], damping)
+    # Transposed, so that what is rounded at a time lies together: a column of the weight is a row here.
+    weight, groups = weight[:, order].T.contiguous(), (order // size).tolist()
+    rounded = torch.empty_like(weight)
     for start in range(0, inner, step):
         end = min(start + step, inner)
-        errors = torch.empty_like(weight[:, start:end])
+        errors = torch.empty_like(weight[start:end])
         for i in range(start, end):
             if not act_order and rule.group_size and i % size == 0:
-                scales.put(group[i], packing.fit(weight[:, i : i + size], rule, dtype))
-            w, u = weight[:, i : i + 1], upper[i : i + 1]
-            rounded[:, i : i + 1] = q = packing.nearest(w, scales.columns(slice(group[i], group[i] + 1)), rule)
-            errors[:, i - start : i - start + 1] = error = (w - q) / u[0, i]
-            weight[:, i + 1 : end].addmm_(error, u[:, i + 1 : end], alpha=-1)
-        weight[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
-    return rounded[:, order.argsort()], scales
+                (each[groups[i]],) = packing.fit(weight[i : i + size].T, rule, dtype).by_group()
+            w, u = weight[i : i + 1], upper[i, i:end]
+            rounded[i : i + 1] = q = packing.nearest(w, each[groups[i]], rule)
+            errors[i - start : i - start + 1] = error = (w - q).div_(u[0])
+            weight[i + 1 : end].addmm_(u[1:, None], error, alpha=-1)
+        weight[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    return rounded[order.argsort()].T.contiguous(), packing.Scales.of_groups(each)
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
