@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from infopt.errors import InputError
-from infopt.layers import grid
+from infopt.layers import grid, passes
 from infopt.layers.grid import Grid, ScaleDType
 from infopt.protocols import Context, Machine, Prediction, Shapes
 from infopt.techniques.base import Modules, Needs, Options, Technique
@@ -111,7 +111,8 @@ class Gptq(Technique):
         return bundle
 
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
-        return grid.predict(self._grid, grid.chosen(shapes, self.options.ignore), shapes, before, machine)
+        rounding = grid.predict(self._grid, grid.chosen(shapes, self.options.ignore), shapes, before, machine)
+        return passes.add(rounding, before, shapes, self.calibration_tokens, machine)
 
 
 def round_columns(

@@ -21,7 +21,7 @@ from infopt.settings import LoadOptions
 from infopt.techniques.base import Technique
 
 NAMES = techniques.names()
-MACHINE = Machine("cpu", read_bytes_per_s=2e10)
+MACHINE = Machine("cpu", read_bytes_per_s=2e10, flops={"float32": 1e11, "bfloat16": 4e11})
 every = pytest.mark.parametrize("name", NAMES)
 Make = Callable[..., Technique]
 Build = Callable[..., Bundle]

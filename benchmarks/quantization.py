@@ -1,0 +1,179 @@
+"""How much of what rounding loses does each method save? On text that calibration never saw, window by window.
+
+    python benchmarks/quantization.py [--model demo] [--windows 16] [--only gptq4 …] [--out FOLDER]
+
+Every arm is made by `infopt optimize` (or taken from the cache), opened as its users open it, and scored against the
+unquantized model on the same windows of the bundled evaluation text. A share is 1 − mean KLD of the candidate ÷ mean KLD
+of the baseline; its interval resamples windows, both arms together, since a hard window is hard for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from infopt import optimize, pipeline, recipe, techniques, units
+from infopt.arms import ArmSpec
+from infopt.artifact import read_artifact
+from infopt.data import texts
+from infopt.errors import InfoptError
+from infopt.model import checkpoint, load
+from infopt.quality import fidelity
+from infopt.settings import LoadOptions
+
+CALIBRATION = {"text": "bundled", "samples": 128, "tokens": 256, "seed": 0}
+TOKENS = 512
+DRAWS = 10_000
+OPTIONS = LoadOptions(device="cpu")
+
+W8A8: dict[str, Any] = {"rtn": {"bits": 8, "group_size": None, "activations": "token"}}
+ARMS: dict[str, list[dict[str, Any]]] = {
+    "rtn4": [{"rtn": {"bits": 4}}],
+    "gptq4": [{"gptq": {"bits": 4}}],
+    "gptq4_in_order": [{"gptq": {"bits": 4, "act_order": False}}],
+    "awq4": [{"awq": {"bits": 4}}],
+    "autoround4": [{"autoround": {"bits": 4}}],
+    "llmcompressor4": [{"llmcompressor": {"method": "gptq", "bits": 4}}],
+    "rtn4_row": [{"rtn": {"bits": 4, "group_size": None}}],
+    "gptq4_row": [{"gptq": {"bits": 4, "group_size": None}}],
+    "rtn3": [{"rtn": {"bits": 3}}],
+    "gptq3": [{"gptq": {"bits": 3}}],
+    "qat3": [{"qat": {"bits": 3}}],
+    "rtn8_row": [{"rtn": {"bits": 8, "group_size": None}}],
+    "w8a8": [W8A8],
+    "smooth_w8a8": [{"smoothquant": {}}, W8A8],
+    "llmcompressor_w8a8": [{"llmcompressor": {"method": "smoothquant"}}],
+    "mixed_rtn": [{"mixed": {"method": "rtn"}}],
+    "mixed_gptq": [{"mixed": {"method": "gptq"}}],
+}
+#: (what, baseline, candidate, least share of the baseline's KLD that is removed)
+SHARES = [
+    ("4 bits, group 64: gptq", "rtn4", "gptq4_in_order", 0.20),
+    ("4 bits, group 64: gptq with act-order", "rtn4", "gptq4", 0.30),
+    ("4 bits, group 64: awq", "rtn4", "awq4", None),
+    ("4 bits, group 64: autoround", "rtn4", "autoround4", None),
+    ("4 bits, per row: gptq", "rtn4_row", "gptq4_row", 0.40),
+    ("3 bits, group 64: gptq", "rtn3", "gptq3", 0.45),
+    ("3 bits, group 64: qat", "rtn3", "qat3", 0.40),
+    ("W8A8: smoothquant", "w8a8", "smooth_w8a8", 0.0),
+    ("mixed at the bytes of 4 bits, rounding", "rtn4", "mixed_rtn", 0.10),
+    ("mixed at the bytes of 4 bits, gptq", "gptq4", "mixed_gptq", 0.10),
+    ("gptq against llm-compressor's", "llmcompressor4", "gptq4", -0.02),
+    ("smoothquant against llm-compressor's", "llmcompressor_w8a8", "smooth_w8a8", -0.02),
+]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One arm: KLD per window (nats), and what it cost to make."""
+
+    kld: list[float]
+    kld_mean: float
+    ppl_ratio: float
+    ppl_ratio_low: float | None
+    ppl_ratio_high: float | None
+    top1_agreement: float
+    weights_bytes: int
+    seconds: float
+    peak_bytes: int | None
+
+
+class Bench:
+    def __init__(self, model: str, windows: int) -> None:
+        self.model = model
+        bundle = load.load(pipeline.resolve(model, OPTIONS))
+        ids = bundle.tokenizer(texts.read_text("bundled", "evaluation"), verbose=False)["input_ids"]
+        self.windows = texts.windows(ids, TOKENS, windows)
+        with torch.inference_mode():
+            self.reference = [bundle.model(input_ids=torch.tensor([w]), use_cache=False).logits for w in self.windows]
+
+    def score(self, name: str) -> Scored:
+        chosen = recipe.parse({"version": 1, "name": name, "steps": ARMS[name], "calibration": CALIBRATION}, techniques.find)
+        folder = optimize.ensure(
+            ArmSpec(name, self.model, chosen), OPTIONS, lambda line: print(f"\r{name}: {line:<60}", end="", file=sys.stderr)
+        )
+        assert folder is not None
+        made = read_artifact(folder)
+        bundle = pipeline.open_arm(ArmSpec(name, str(folder), chosen, is_artifact=True), "cpu", OPTIONS)
+        stored, model = iter(self.reference), bundle.model
+        found = fidelity.compare_models(
+            lambda ids: next(stored), lambda ids: model(input_ids=ids, use_cache=False).logits, self.windows
+        )
+        kld, ratio, top1 = found.kld_mean, found.ppl_ratio, found.top1_agreement
+        assert kld
+        assert ratio
+        assert top1
+        return Scored(
+            [float(w.kld.mean()) for w in found.windows], kld.estimate, ratio.estimate, ratio.low, ratio.high, top1.estimate,
+            checkpoint.tensor_bytes(folder), sum(step.seconds for step in made.steps),
+            max((step.peak_bytes or 0 for step in made.steps), default=None),
+        )  # fmt: skip
+
+
+def removed(baseline: Scored, candidate: Scored) -> tuple[float, float, float]:
+    """Share of the baseline's mean KLD that the candidate does not have, with a 95 % bootstrap interval over windows."""
+    a, b = np.array(baseline.kld), np.array(candidate.kld)
+    draws = np.random.default_rng(0).integers(0, len(a), (DRAWS, len(a)))
+    shares = 1 - b[draws].mean(1) / a[draws].mean(1)
+    return float(1 - b.mean() / a.mean()), float(np.quantile(shares, 0.025)), float(np.quantile(shares, 0.975))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--only", nargs="*", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    bench, scores = Bench(asked.model, asked.windows), {}
+    for name in asked.only:
+        try:
+            scores[name] = found = bench.score(name)
+        except InfoptError as error:
+            print(f"\r{name}: not made: {error}")
+            continue
+        print(
+            f"\r{name:<20} KLD {found.kld_mean:.4f}  perplexity ×{found.ppl_ratio:.4f} "
+            f"[{found.ppl_ratio_low or 0:.4f}, {found.ppl_ratio_high or 0:.4f}]  top-1 {found.top1_agreement:.1%}  "
+            f"{units.size(found.weights_bytes)}  {found.seconds:.0f} s  peak {units.size(found.peak_bytes)}"
+        )
+    failed, rows = False, []
+    for what, baseline, candidate, least in SHARES:
+        if baseline in scores and candidate in scores:
+            share, low, high = removed(scores[baseline], scores[candidate])
+            rows.append(
+                {
+                    "what": what,
+                    "baseline": baseline,
+                    "candidate": candidate,
+                    "share": share,
+                    "low": low,
+                    "high": high,
+                    "least": least,
+                }
+            )
+            short = least is not None and share < least
+            failed = failed or short
+            wanted = "" if least is None else f"  (at least {least:.0%})"
+            print(f"{'SHORT' if short else 'ok   '} {what:<45} removes {share:.1%} [{low:.1%}, {high:.1%}]{wanted}")
+    if asked.out:
+        asked.out.mkdir(parents=True, exist_ok=True)
+        document = {
+            "model": asked.model, "windows": len(bench.windows), "tokens": TOKENS, "calibration": CALIBRATION,
+            "versions": pipeline.versions(), "python": platform.python_version(),
+            "arms": {name: asdict(found) for name, found in scores.items()}, "shares": rows,
+        }  # fmt: skip
+        (asked.out / "quantization.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
