@@ -127,8 +127,11 @@ class Block:
         self._pass(set(names), see)
 
     def advance(self) -> None:
-        """Replaces the inputs, batch by batch, by the outputs of the block as its weights are now; lets go of what it kept."""
+        """Replaces the inputs, batch by batch, by the outputs of the block as its weights are now."""
         self._pass(set(), lambda name, x: None)
+
+    def close(self) -> None:
+        """Lets go of what was kept."""
         self._between.kept.clear()
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
@@ -203,6 +206,7 @@ def walk(bundle: Bundle, context: Context, ignore: Iterable[str], work: Work) ->
         work(block)
         if index + 1 < len(blocks):
             block.advance()
+        block.close()
         module.to(bundle.device)
         packed.update(block.packed)
         done.finish(name, index, module, block.packed, inputs)
