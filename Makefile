@@ -3,6 +3,7 @@
 #   make demo                                        venv, install, a real comparison in minutes
 #   make demo PYTHON=python3.12 SYSTEM_TORCH=1       the same over a torch (and CUDA) that is already installed
 #   make test | make check | make test-oldest        the suite; ruff and mypy; the suite on the oldest transformers
+#   make interop                                     what engines read of what infopt writes, as a table
 
 PYTHON       ?= python3
 VENV         ?= .venv
@@ -12,7 +13,7 @@ BIN          := $(VENV)/bin
 STAMP        := $(VENV)/.installed
 PIP          := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test check test-oldest venv clean
+.PHONY: demo test check test-oldest interop venv clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -28,6 +29,11 @@ check: $(STAMP)
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+# Which engines read what infopt writes (results/interop). llama.cpp is built once, in minutes; the onnx extra is installed.
+interop: $(STAMP)
+	$(PIP) install -c $(CONSTRAINTS) -e '.[onnx]'
+	$(BIN)/python benchmarks/interop.py
 
 venv: $(STAMP)
 

@@ -15,14 +15,11 @@ from typing import IO, Any
 from infopt import __version__, arms, checks, result
 from infopt.arms import ArmSpec
 from infopt.errors import InfoptError, InputError
-from infopt.measure import cost, latency
+from infopt.measure import cost, latency, roofline
 from infopt.process import Event, WorkerProcess
-from infopt.protocols import Progress
+from infopt.protocols import Machine, Progress, Shapes
 from infopt.result import Block, Run, Sample, Value
-from infopt.settings import LoadOptions, Settings, WorkloadSpec
-
-#: Requests that warm up a later block in a fresh process; in one that stays up a single one does.
-FRESH_WARMUP = 3
+from infopt.settings import WARMUP_FRESH, WARMUP_LATER, LoadOptions, Settings, WorkloadSpec, portable
 
 
 class ArmRun:
@@ -52,18 +49,17 @@ class ArmRun:
         return (self.folder / "samples.jsonl").exists()
 
     @property
+    def id(self) -> str:
+        """The results folder's name; of an arm of a comparison, from there on."""
+        return self.folder.name if self.folder.parent.name != "arms" else f"{self.folder.parents[1].name}/arms/{self.folder.name}"
+
+    @property
     def label(self) -> str:
         return self.spec.label
 
-    def start(self) -> None:
-        """Begins the process: its imports take seconds, and may overlap with other work."""
-        if self._worker is None:
-            self._worker = WorkerProcess(self.label, self.options.threads, lambda line: self.progress(f"{self.label}: {line}"))
-
     def open(self) -> None:
-        """Loads the arm. Raises InfoptError."""
-        self.start()
-        assert self._worker is not None
+        """Starts a process and loads the arm. Raises InfoptError."""
+        self._worker = WorkerProcess(self.label, self.options.threads, lambda line: self.progress(f"{self.label}: {line}"))
         self.progress(f"{self.label}: opening")
         self.facts = self._worker.call(
             "open",
@@ -95,7 +91,7 @@ class ArmRun:
             position=position,
             is_first=not self.blocks,
             warmup_cap=self.settings.warmup_cap,
-            warmup_later=1 if self._is_warm else FRESH_WARMUP,
+            warmup_later=WARMUP_LATER if self._is_warm else WARMUP_FRESH,
         )
         self._is_warm = True
         block = Block.model_validate(answer)
@@ -128,9 +124,19 @@ class ArmRun:
     def finish(self, machine: dict[str, Any]) -> None:
         """Derives every figure. `machine`: the best peaks measured by any worker of this command."""
         assert self._worker is not None
-        answer = self._worker.call("finish", machine=machine)
-        self.limits = answer["limits"]
+        answer = self._worker.call("finish")
         self.figures = {key: Value.model_validate(each) for key, each in (self.facts["figures"] | answer["figures"]).items()}
+        traffic = self.facts["traffic"]
+        shapes, element = Shapes(**traffic["shapes"]), traffic["kv_element_bytes"]
+        found, self.limits = roofline.shares_of_limit(
+            self.samples,
+            shapes,
+            Machine(**machine),
+            weights_bytes=traffic["weights_bytes"],
+            kv_element_bytes=element,
+            dtype=traffic["dtype"],
+        )
+        self.figures |= found | {"kv_bytes": roofline.kv_bytes(self.samples, shapes, element)}
         self.figures |= latency.summarise(self.samples, self.blocks, self.settings.objectives or None)
         rate = {key: self.figures[key].value for key in ("throughput_tok_per_s", "decode_tok_per_s.p50", "prefill_tok_per_s.p50")}
         self.figures |= cost.cost_values(
@@ -142,8 +148,11 @@ class ArmRun:
         )
 
     def take_quality(self, found: dict[str, Any]) -> None:
+        """What `assess` found; a tier that failed is a remark."""
         self.figures |= {key: Value.model_validate(each) for key, each in found["figures"].items()}
-        self.quality = {key: each for key, each in found.items() if key != "figures"}
+        self.remarks += [f"{self.label}: {tier} was not judged: {why}" for tier, why in found["failed"].items()]
+        self.remarks += [f"{self.label}: {leak}" for leak in found.get("leakage", ())]
+        self.quality = {key: each for key, each in found.items() if key not in ("figures", "failed")}
 
     def close_worker(self) -> None:
         if self._worker is not None:
@@ -162,12 +171,15 @@ class ArmRun:
         self.close()
 
     def record(self) -> result.Arm:
+        named = "+".join(map(portable, self.spec.named.split("+")))
+        recipe = self.spec.recipe.as_dict()
+        recipe["calibration"]["text"] = portable(recipe["calibration"]["text"])
         return result.Arm(
             label=self.label,
-            model=self.spec.named,
-            reference=self.facts.get("reference", self.spec.named),
+            model=named,
+            reference=self.facts.get("reference", named),
             reference_hash=self.facts.get("reference_hash", ""),
-            recipe=self.spec.recipe.as_dict(),
+            recipe=recipe,
             engine=self.spec.recipe.engine.name,
             dtype=self.facts.get("dtype", ""),
             device=self.facts.get("device", ""),
@@ -176,7 +188,7 @@ class ArmRun:
     def run(self, created_utc: str, reason: str | None = None) -> Run:
         """The arm's `run.json`. `reason`: why it is not complete."""
         return Run(
-            id=run_id(created_utc, self.label, self.facts),
+            id=self.id,
             name=self.label,
             created_utc=created_utc,
             is_complete=reason is None,

@@ -6,7 +6,7 @@ Torch-free: comparing needs to know what an arm is, only its worker opens it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,11 @@ def _looks_stored(text: str, is_beside_stored: bool) -> bool:
 def is_begun(folder: Path) -> bool:
     """Whether anything was ever measured into this folder."""
     return any((folder / name).is_file() for name in ("run.json", "samples.jsonl", "compare.json"))
+
+
+def way(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The run-time half of a resolved recipe: how a model is run, whatever was done to its weights."""
+    return {key: document.get(key) for key in ("speculative", "sampling", "cache", "engine")}
 
 
 def file_name(label: str) -> str:

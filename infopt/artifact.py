@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from infopt.errors import InputError
 from infopt.result import Record, read_record
 
 FILE = "infopt.json"
@@ -48,10 +49,14 @@ class StepRecord(Record):
 class LoadBack(Record):
     """The saved folder, opened again the way its users will, against the model in memory on the same tokens."""
 
+    reader: str | None = None
+    """Who opened it, with its version."""
+    refusal: str | None = None
+    """Why this reader does not open it; the figures are None then."""
     tokens: int
-    max_abs_logit_difference: float
+    max_abs_logit_difference: float | None
     tolerance: float
-    top1_agreement: float
+    top1_agreement: float | None
 
 
 class Artifact(Record):
@@ -68,6 +73,8 @@ class Artifact(Record):
     load_back: tuple[LoadBack, ...]
     """First by plain transformers, then, where infopt opens it in its own way, by infopt."""
     calibration_hash: str | None
+    leaks: tuple[str, ...] = ()
+    """What its calibration text shares with infopt's own evaluation sets, where that was allowed."""
     seed: int
     versions: dict[str, str]
     bytes_before: int
@@ -82,6 +89,15 @@ class Artifact(Record):
 
 def is_artifact(folder: Path) -> bool:
     return (folder.expanduser() / FILE).is_file()
+
+
+def require_reference(model: str) -> None:
+    """Raises InputError for an artifact, where weights that nothing was done to yet are wanted."""
+    if is_artifact(Path(model)):
+        source = read_artifact(Path(model)).reference
+        raise InputError(
+            f"{model} is already optimized; optimize starts from a reference model", hint=f"infopt optimize {source} …"
+        )
 
 
 def read_artifact(folder: Path) -> Artifact:

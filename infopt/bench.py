@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from infopt import artifact, recipe, result, stats, techniques
+from infopt import artifact, leakage, recipe, result, stats, techniques
 from infopt.arm_run import ArmRun, best_machine, ended, now_utc, prepare, require_writable, run_id
 from infopt.arms import ArmSpec
 from infopt.errors import InfoptError, InputError, Terminated
@@ -37,6 +38,7 @@ def bench(
 ) -> tuple[Run, Path]:
     """The run and its folder. Raises InfoptError; what was measured until then stays, marked incomplete."""
     require_writable(results)
+    leakage.require_unseen([spec], settings.quality, options.allow_leakage)
     created = now_utc()
     folder = results / run_id(created, spec.label, (spec.as_dict(), asdict(workload)))
     with WorkerProcess("preparing", options.threads, progress) as lab:
@@ -47,6 +49,7 @@ def bench(
         twin = ArmRun(replace(ready, label=f"{spec.label} (A/A)"), options, workload, settings, folder / "self-test", progress)
         runs = [own, twin] if self_test else [own]
         with kept_on_interrupt(lambda reason: write_run(own, created, reason), lambda: runs):
+            judge = None if settings.quality is None else _judge(spec, own, options, settings, lab)
             with ended(runs):
                 for run in runs:
                     run.open()
@@ -60,32 +63,41 @@ def bench(
                     run.finish(machine)
             if self_test:
                 own.noise = noise_floor(own, twin)
-            if settings.quality is not None:
-                _judge_quality(spec, own, options, settings, lab)
+            if judge is not None:
+                measure_quality(judge.reference, [own], judge.options, settings, lab)
             run_record = write_run(own, created, None)
     return run_record, folder
 
 
-def _judge_quality(spec: ArmSpec, own: ArmRun, options: LoadOptions, settings: Settings, lab: WorkerProcess) -> None:
-    """Against the model that the arm started from. An artifact outlives its reference: without it, or with another model
-    in its place, the rest of the run still stands, and says why quality does not."""
+@dataclass(frozen=True)
+class _Judge:
+    """The model that quality is judged against, and how it is opened."""
+
+    reference: ArmSpec
+    options: LoadOptions
+
+
+def _judge(spec: ArmSpec, own: ArmRun, options: LoadOptions, settings: Settings, lab: WorkerProcess) -> _Judge | None:
+    """The model that the arm started from. An artifact outlives its reference: without it, or with another model in its
+    place, the rest of the run still stands, and says why quality does not. Raises InputError for what does not fit."""
     reference = reference_of(spec, own.spec)
     if is_reference(own.spec, reference):
-        return
+        return None
     if spec.is_artifact:
         saved = artifact.read_artifact(Path(own.spec.model))
         options = replace(options, revision=saved.revision)
         try:
             found = lab.call("fingerprint", model=reference.model, options=asdict(options))
-        except InputError as error:
+        except InfoptError as error:
             own.remarks.append(f"{own.label}: quality was not judged, the reference cannot be opened ({error})")
-            return
+            return None
         if found != saved.reference_hash:
             own.remarks.append(
                 f"{own.label}: quality was not judged: {reference.model} is not the model this was made from any more"
             )
-            return
-    measure_quality(reference, [own], options, settings, lab)
+            return None
+    check_quality(reference, [own.spec], options, settings, lab)
+    return _Judge(reference, options)
 
 
 def reference_of(spec: ArmSpec, ready: ArmSpec) -> ArmSpec:
@@ -100,6 +112,13 @@ def is_reference(arm: ArmSpec, reference: ArmSpec) -> bool:
     return arm.model == reference.model and ways[0] == ways[1]
 
 
+def check_quality(
+    reference: ArmSpec, candidates: Sequence[ArmSpec], options: LoadOptions, settings: Settings, lab: WorkerProcess
+) -> None:
+    """Refuses, before anything is timed, quality inputs that do not fit the models. Raises InputError."""
+    lab.call("check_quality", **_quality_arguments(reference, candidates, options, settings))
+
+
 def measure_quality(
     reference: ArmSpec, runs: Sequence[ArmRun], options: LoadOptions, settings: Settings, lab: WorkerProcess
 ) -> None:
@@ -108,11 +127,26 @@ def measure_quality(
     lab.call(
         "assess",
         lambda event: by_label[event["label"]].take_quality(event["quality"]),
-        reference=reference.as_dict(),
-        candidates=[run.spec.as_dict() for run in runs],
-        options=asdict(options),
-        settings=asdict(settings.quality) if settings.quality else {},
+        **_quality_arguments(reference, [run.spec for run in runs], options, settings),
     )
+
+
+def _quality_arguments(
+    reference: ArmSpec, candidates: Sequence[ArmSpec], options: LoadOptions, settings: Settings
+) -> dict[str, Any]:
+    assert settings.quality is not None
+    return {
+        "reference": reference.as_dict(),
+        "candidates": [spec.as_dict() for spec in candidates],
+        "options": asdict(options),
+        "settings": asdict(settings.quality),
+    }
+
+
+def check_workloads(spec: ArmSpec, workloads: Sequence[WorkloadSpec], options: LoadOptions, progress: Progress) -> None:
+    """Refuses the shapes of a sweep that do not fit the model before the first is measured. Raises InputError."""
+    with WorkerProcess("checking", options.threads, progress) as lab:
+        lab.call("check", arm=spec.as_dict(), options=asdict(options), workloads=[asdict(each) for each in workloads])
 
 
 def noise_floor(first: ArmRun, second: ArmRun) -> dict[str, float]:

@@ -55,29 +55,6 @@ def warm_up(reached_cap: bool, iterations: int) -> Check | None:
     )
 
 
-def resolution(key: str, mde: float | None, tau: float | None, pairs_needed: int | None) -> Check | None:
-    """`mde` and `tau` are shares of the baseline; a threshold of 0 has no resolution to reach."""
-    if mde is None or not tau or mde <= abs(tau):
-        return None
-    step = f"use about {pairs_needed} pairs, or a quieter machine" if pairs_needed else "use a quieter machine"
-    message = (
-        f"{key}: the smallest change seen reliably is {units.percent(mde)}, above the threshold of {units.percent(abs(tau))}"
-    )
-    return Check(level="warning", message=message, next_step=step)
-
-
-def cache_fit(weights_bytes: int | None, last_level_cache_bytes: int | None) -> Check | None:
-    """Weights that stay in the last-level cache are not read from memory at each step."""
-    if weights_bytes is None or last_level_cache_bytes is None or weights_bytes > last_level_cache_bytes:
-        return None
-    return Check(
-        level="note",
-        message=f"the weights ({units.size(weights_bytes)}) fit in the last-level cache "
-        f"({units.size(last_level_cache_bytes)}), so the memory limit does not hold and mbu is not given",
-        next_step="measure a larger model to learn about memory bandwidth",
-    )
-
-
 def few_pairs(pairs: int, alpha: float, is_gated: bool) -> Check | None:
     """Too few pairs for any verdict at `alpha`, or fewer than a gate should rest on."""
     least = min_pairs(alpha)
@@ -87,18 +64,6 @@ def few_pairs(pairs: int, alpha: float, is_gated: bool) -> Check | None:
     if is_gated and pairs < GATE_PAIRS:
         return Check(level="note", message=f"gates rest on {pairs} pairs", next_step=f"use {GATE_PAIRS} pairs for a gate")
     return None
-
-
-def aa_noise(key: str, log_ratio_sd: float | None, tau: float) -> Check | None:
-    """A stored comparison decides only beyond twice the A/A standard deviation; above `tau` it cannot PASS."""
-    if log_ratio_sd is None:
-        text = f"{key}: no A/A self-test, so this run cannot serve as a stored baseline"
-        return Check(level="note", message=text, next_step="run the bench with its A/A self-test")
-    if tau <= 0 or 2 * log_ratio_sd <= tau:
-        return None
-    sd, threshold = units.percent(log_ratio_sd), units.percent(tau)
-    text = f"{key}: the same code differs from itself by {sd} (sd), so stored runs cannot show {threshold}"
-    return Check(level="warning", message=text, next_step="compare live, with interleaved pairs")
 
 
 def undefined_tpot(undefined: int, requests: int) -> Check | None:

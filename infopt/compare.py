@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from infopt import __version__, checks, result
+from infopt import __version__, checks, leakage, result
 from infopt.arm_run import ArmRun, best_machine, ended, now_utc, prepare, require_writable, run_id
-from infopt.arms import ArmSpec, file_name, is_begun
-from infopt.bench import kept_on_interrupt, measure_quality, noise_floor, write_run
+from infopt.arms import ArmSpec, file_name, is_begun, way
+from infopt.bench import check_quality, kept_on_interrupt, measure_quality, noise_floor, write_run
 from infopt.comparison import ArmResult, Comparison
 from infopt.errors import Exit, InfoptError, InputError, NotComparableError
 from infopt.figures import find
@@ -30,7 +30,7 @@ from infopt.result import Run
 from infopt.settings import LoadOptions, Settings, WorkloadSpec
 from infopt.stats import Look, looks
 
-QUICK_PAIRS, GATE_PAIRS, GATE_CAP = 10, 20, 30
+QUICK_PAIRS, GATE_PAIRS, GATE_CAP = 10, checks.GATE_PAIRS, 30
 SELF_TEST = "A/A"
 REDOS_PER_ARM = 2
 """Quick mode does not wait for a machine that is never idle: so many blocks an arm are measured again, on average."""
@@ -49,7 +49,7 @@ class Protocol:
     is_strict: bool = False
 
     def looks(self) -> tuple[Look, ...]:
-        return looks(DEFAULT_ALPHA, self.pairs, max(self.pairs, self.max_pairs or self.pairs))
+        return looks(DEFAULT_ALPHA, self.pairs, self.max_pairs or self.pairs)
 
     def gates_of(self, recipe_gates: tuple[Gate, ...]) -> tuple[Gate, ...]:
         return recipe_gates if self.gates is None else self.gates
@@ -85,7 +85,10 @@ class _Live:
     ) -> None:
         if len(specs) < 2 and not protocol.self_test:
             raise InputError("one arm is nothing to compare", hint="infopt compare demo demo:int8")
+        if protocol.max_pairs is not None and protocol.max_pairs < protocol.pairs:
+            raise InputError(f"{protocol.max_pairs} pairs at most, but {protocol.pairs} to begin with", hint="raise --max-pairs")
         require_writable(results)
+        leakage.require_unseen(specs, settings.quality, options.allow_leakage)
         self.specs, self.workload, self.options, self.settings = list(specs), workload, options, settings
         self.protocol, self.progress = protocol, progress
         self.created = now_utc()
@@ -93,6 +96,8 @@ class _Live:
         self.folder = results / run_id(self.created, name[:60], [spec.as_dict() for spec in specs])
         self.runs: list[ArmRun] = []
         self.twin: ArmRun | None = None
+        self.order: list[ArmRun] = []
+        """The baseline, then the others in an order that the seed decides."""
         self.look = protocol.looks()[0]
         self.redos_left = REDOS_PER_ARM * len(specs)
 
@@ -105,16 +110,22 @@ class _Live:
                 measure_quality(alive[0].spec, alive[1:], self.options, self.settings, lab)
 
     def _prepare(self, lab: WorkerProcess) -> None:
-        """Every arm's artifact, then an open worker each."""
+        """Every arm's artifact; what could not be judged is refused now."""
         ready = prepare(self.specs, self.options, lab)
         for spec, made in zip(self.specs, ready, strict=True):
             run = self._run(made if isinstance(made, ArmSpec) else spec)
             self.runs.append(run)
             if isinstance(made, InfoptError):
                 self._fail(run, made)
+        alive = [run.spec for run in self.runs if run.error is None]
+        if self.settings.quality is not None and len(alive) > 1:
+            check_quality(alive[0], alive[1:], self.options, self.settings, lab)
         if self.protocol.self_test:
             base = self.runs[0].spec
             self.twin = self._run(replace(base, label=f"{base.label} ({SELF_TEST})"))
+        baseline, *others = self._alive()
+        random.Random(self.options.seed).shuffle(others)
+        self.order = [baseline, *others]
 
     def _run(self, spec: ArmSpec) -> ArmRun:
         folder = self.folder / "arms" / file_name(spec.label)
@@ -135,9 +146,7 @@ class _Live:
 
     def _time(self) -> None:
         with ended(self.all_runs()):
-            for run in self._alive():
-                run.start()
-            for run in self._alive():
+            for run in self._alive():  # one by one, so that no start-up is timed as another's loading
                 self._guard(run, run.open)
             done = 0
             for look in self.protocol.looks():
@@ -154,8 +163,7 @@ class _Live:
 
     def _round(self, index: int) -> None:
         """One block of every arm; odd rounds run backwards, so that drift cancels."""
-        baseline, *others = self._alive()
-        random.Random(self.options.seed).shuffle(others)
+        baseline, *others = (run for run in self.order if run.error is None)
         order = [baseline, *others] if index % 2 == 0 else [*reversed(others), baseline]
         for position, run in enumerate(order):
             self.progress(f"round {index + 1}: {run.label}")
@@ -178,8 +186,10 @@ class _Live:
     def _is_open_question(self) -> bool:
         """Whether more pairs could settle a gate."""
         for run in [run for run in self.runs[1:] if run.error is None]:
-            timed = [gate for gate in self.protocol.gates_of(run.spec.recipe.gates) if find(gate.figure)[0].kind != "quality"]
-            found = judge(self._evidence(self.runs[0]), self._evidence(run), timed, alpha=self.look.alpha, informing=())
+            gates = self.protocol.gates_of(run.spec.recipe.gates)
+            timed = [gate for gate in gates if find(gate.figure)[0].kind != "quality"]
+            evidence, pending = (self._evidence(self.runs[0]), self._evidence(run)), len(gates) - len(timed)
+            found = judge(*evidence, timed, alpha=self.look.alpha, informing=(), pending=pending)
             if any(each.verdict is Verdict.INCONCLUSIVE and each.p is not None for each in found):
                 return True
         return False
@@ -216,7 +226,7 @@ class _Live:
             mode="live",
             infopt_version=__version__,
             environment=facts.get("environment", {}),
-            workload=facts.get("workload", asdict(self.workload)),
+            workload=facts.get("workload", {"name": self.workload.name}),
             settings=self.settings.as_dict() | {"options": asdict(self.options), "gate_mode": self.protocol.is_gate_mode},
             baseline=self.specs[0].label,
             arms=tuple(_arm_result(run) for run in self.runs),
@@ -279,7 +289,9 @@ def compare_stored(
                 not_comparable("tpot_s.p50", None, reason),
             )
             continue
-        judgements[label] = judge(evidence[0], own, chosen, is_live=False, noise=runs[0].noise)
+        judgements[label] = judge(
+            evidence[0], own, chosen, is_live=False, noise=runs[0].noise, no_quality=quality_mismatch(runs[0], run)
+        )
     created = now_utc()
     return Comparison(
         id=run_id(created, "stored", labels),
@@ -308,7 +320,30 @@ def mismatch(baseline: Run, candidate: Run, across_versions: bool) -> str | None
     found = environment.differences(baseline.environment, candidate.environment, fields)
     if baseline.workload_hash != candidate.workload_hash:
         found.append(f"workload: {baseline.workload.get('name')} against {candidate.workload.get('name')}, or other prompts")
+    seeds = [run.settings.get("options", {}).get("seed", 0) for run in (baseline, candidate)]
+    objectives = [run.settings.get("objectives") or {} for run in (baseline, candidate)]
+    found += [f"{name}: {a} against {b}" for name, (a, b) in (("seed", seeds), ("objectives", objectives)) if a != b]
+    both = baseline.figures.keys() & candidate.figures.keys()
+    ids = {(baseline.figures[key].id, candidate.figures[key].id) for key in both}
+    found += [f"definition: {before} against {after}" for before, after in sorted(ids) if before != after]
     return "; ".join(found) or None
+
+
+def quality_mismatch(baseline: Run, candidate: Run) -> str | None:
+    """Why the candidate's quality says nothing about this baseline, or None. A run's quality is measured against a
+    reference of its own: the baseline must be that very model, run the same way, and what both read must be the same."""
+    known = candidate.quality
+    if not known.get("reference_hash"):
+        return "this run does not tell which model its quality was measured against"
+    if known["reference_hash"] != baseline.arm.reference_hash:
+        return f"its quality was measured against {known['reference']}, which is not the baseline; compare live"
+    if known["reference_way"] != way(baseline.arm.recipe):
+        return "its quality was measured against the baseline's model run in another way; compare live"
+    for tier, name in (("fidelity", "text"), ("behaviour", "prompts"), ("tasks", "items")):
+        before, after = (run.quality.get(tier, {}).get(f"{name}_hash") for run in (baseline, candidate))
+        if before is not None and after is not None and before != after:
+            return f"the {name} of the two runs' quality differ"
+    return None
 
 
 def _complete(folder: Path) -> Run:

@@ -15,8 +15,10 @@ A message says what was found and what is allowed; the hint says what to type ne
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import Any
 
 
 class Exit(IntEnum):
@@ -91,3 +93,20 @@ def unknown(what: str, word: str, known: Iterable[str]) -> str:
     if close:
         return f"unknown {what} {word!r}; did you mean {close!r}?"
     return f"unknown {what} {word!r}; known: {', '.join(names)}"
+
+
+def shown(value: Any) -> str:
+    """A value out of a file, as a message quotes it: as JSON where it is that, shortened."""
+    if value is None:
+        return "nothing"
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except TypeError:
+        text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def first_line(error: BaseException) -> str:
+    """Of a library's message, which may be a page, or empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

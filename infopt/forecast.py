@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infopt import pipeline
-from infopt.model import atomic, load, reference, shapes
+from infopt import artifact, pipeline
+from infopt.model import atomic, load, reference, save, shapes
 from infopt.protocols import Machine, Prediction, Shapes
 from infopt.recipe import Recipe
 from infopt.settings import LoadOptions
@@ -50,6 +50,8 @@ def forecast(model: str, chosen: Recipe, out: Path, options: LoadOptions) -> For
     """Peak memory, disk and seconds per step. Raises InputError for what `optimize` would refuse."""
     import psutil
 
+    artifact.require_reference(model)
+    save.require_free_target(out)
     ref = pipeline.resolve(model, options)
     device = pipeline.device_name(options.device)
     machine = pipeline.machine(device, pipeline.set_threads(options.threads))
@@ -58,7 +60,7 @@ def forecast(model: str, chosen: Recipe, out: Path, options: LoadOptions) -> For
     stored = shapes.stored_bytes(ref)
     loaded = _loaded(chosen, found, stored, machine, open_s)
     rows = [("load", loaded), *pipeline.predict(chosen, found, loaded, machine)]
-    first = pipeline.first_at_load(chosen, pipeline.build_techniques(chosen, found))
+    first = pipeline.first_at_load(chosen, pipeline.build_techniques(chosen, found, device))
     disk = rows[first][1].weights_bytes
     rows.append(("save and check", _check(found, rows, disk, machine, open_s, _write_rate(out))))
     own = psutil.Process().memory_info().rss if device == "cpu" else 0

@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from infopt import figures, units
-from infopt.errors import InputError, RecipeError, unknown
+from infopt.errors import InputError, RecipeError, shown, unknown
 
 Condition = Literal["max_regress", "min_improve", "max_drop", "max", "min"]
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
@@ -59,7 +59,7 @@ def parse_gates(mapping: Mapping[Any, Any] | None, where: str) -> tuple[Gate, ..
     if mapping is None:
         return ()
     if not isinstance(mapping, Mapping):
-        raise RecipeError(where, f"found {_shown(mapping)}; allowed: figures with their conditions", hint=_EXAMPLE)
+        raise RecipeError(where, f"found {shown(mapping)}; allowed: figures with their conditions", hint=_EXAMPLE)
     return tuple(gate for key, conditions in mapping.items() for gate in _parse_figure(key, conditions, f"{where}.{key}"))
 
 
@@ -98,13 +98,13 @@ class UniqueKeys(yaml.SafeLoader):
 
 def _parse_figure(key: Any, conditions: Any, path: str) -> list[Gate]:
     if not isinstance(key, str):
-        raise RecipeError(path, f"found {_shown(key)}; allowed: the name of a figure", hint=_EXAMPLE)
+        raise RecipeError(path, f"found {shown(key)}; allowed: the name of a figure", hint=_EXAMPLE)
     try:
         figure, _ = figures.find(key)
     except InputError as error:
         raise RecipeError(path, str(error), hint=error.hint) from None
     if not isinstance(conditions, Mapping) or not conditions:
-        raise RecipeError(path, f"found {_shown(conditions)}; allowed: {', '.join(CONDITIONS)} and a number", hint=_EXAMPLE)
+        raise RecipeError(path, f"found {shown(conditions)}; allowed: {', '.join(CONDITIONS)} and a number", hint=_EXAMPLE)
     return [_parse_condition(figure, key, name, value, f"{path}.{name}") for name, value in conditions.items()]
 
 
@@ -123,7 +123,7 @@ def _parse_condition(figure: figures.Figure, key: str, name: Any, value: Any, pa
     limit = _share(value, path)
     falls_by = (condition == "max_regress") == (figure.better == "higher")
     if condition != "max_drop" and falls_by and limit >= 1:
-        raise RecipeError(path, f"found {_shown(value)}, but {key} cannot fall by 100 % or more; allowed: less than 100%")
+        raise RecipeError(path, f"found {shown(value)}, but {key} cannot fall by 100 % or more; allowed: less than 100%")
     return Gate(figure=key, condition=condition, limit=limit)
 
 
@@ -131,7 +131,7 @@ def _share(value: Any, path: str) -> float:
     """A share ≥ 0 of the baseline."""
     share = _plain_share(value, path, largest=math.nextafter(1, 0))
     if share < 0:
-        raise RecipeError(path, f"found {_shown(value)}; allowed: 0 or more", hint=_EXAMPLE)
+        raise RecipeError(path, f"found {shown(value)}; allowed: 0 or more", hint=_EXAMPLE)
     return share
 
 
@@ -140,7 +140,7 @@ def _plain_share(value: Any, path: str, largest: float) -> float:
     share = _number(value, path, "a percentage or a share", units.parse_share)
     if abs(share) > largest and "%" not in str(value):
         raise RecipeError(
-            path, f"found {_shown(value)}, which may mean {share:g} % or {share * 100:g} %", hint=f"write {share:g}%"
+            path, f"found {shown(value)}, which may mean {share:g} % or {share * 100:g} %", hint=f"write {share:g}%"
         )
     return share
 
@@ -151,25 +151,18 @@ def _absolute(value: Any, unit: units.Unit, path: str) -> float:
     if unit == "share":
         return _plain_share(value, path, largest=1.0)
     if isinstance(value, str):
-        raise RecipeError(path, f"found {_shown(value)}; allowed: a number in {unit}", hint="e.g. 0.05")
+        raise RecipeError(path, f"found {shown(value)}; allowed: a number in {unit}", hint="e.g. 0.05")
     return _number(value, path, f"a number in {unit}", float)
 
 
 def _number(value: Any, path: str, allowed: str, parse: Any) -> float:
     """`value` through `parse`; refuses booleans, NaN and everything that is no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise RecipeError(path, f"found {_shown(value)}; allowed: {allowed}", hint=_EXAMPLE)
+        raise RecipeError(path, f"found {shown(value)}; allowed: {allowed}", hint=_EXAMPLE)
     try:
         number = float(parse(value))
     except (InputError, ValueError, OverflowError):
-        raise RecipeError(path, f"found {_shown(value)}; allowed: {allowed}", hint=_EXAMPLE) from None
+        raise RecipeError(path, f"found {shown(value)}; allowed: {allowed}", hint=_EXAMPLE) from None
     if not math.isfinite(number):
-        raise RecipeError(path, f"found {_shown(value)}; allowed: {allowed}", hint=_EXAMPLE)
+        raise RecipeError(path, f"found {shown(value)}; allowed: {allowed}", hint=_EXAMPLE)
     return number
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"

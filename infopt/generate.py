@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from infopt import optimize, pipeline
 from infopt.arms import ArmSpec
 from infopt.data.prompts import Prompt
 from infopt.errors import InputError
+from infopt.measure import memory
 from infopt.protocols import Progress
 from infopt.quality.behaviour import first_divergence, run_prompts
 from infopt.settings import LoadOptions
@@ -39,7 +39,7 @@ def generate(
     (answer,) = run_prompts(pipeline.engine(bundle, spec.recipe), [row], bundle.tokenizer, seed=options.seed)
     found = Generated(spec.label, bundle.description, answer.text, answer.output_ids)
     del bundle
-    gc.collect()
+    memory.release(device)
     return found
 
 

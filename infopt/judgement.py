@@ -98,17 +98,20 @@ def not_comparable(key: str, gate: Gate | None, reason: str) -> Judgement:
     return judgement(key, gate, Verdict.NOT_COMPARABLE, note=reason)
 
 
-def apply_holm(judges: Sequence[Callable[[float], Judgement]], alpha: float = DEFAULT_ALPHA) -> tuple[Judgement, ...]:
+def apply_holm(
+    judges: Sequence[Callable[[float], Judgement]], alpha: float = DEFAULT_ALPHA, pending: int = 0
+) -> tuple[Judgement, ...]:
     """Judges everything so that a wrong FAIL or PASS among the gates together has probability at most `alpha`.
 
     Each judge takes a level and returns its judgement. The m gated judgements that carry a p-value form the family, in
     Holm's order: the one with the smallest p is judged with an interval at alpha/m, the next at alpha/(m − 1), and so
     on; from the first that stays undecided the level no longer rises. Point tests and ungated figures keep `alpha`.
+    `pending` gates that are still to be measured count as the last of the family: what is decided now stays decided then.
     """
     first = [judge(alpha) for judge in judges]
     family = [i for i, each in enumerate(first) if each.gate is not None and each.p is not None]
-    levels = holm_levels([p for i in family if (p := first[i].p) is not None], alpha)
-    adjusted = dict(zip(family, levels, strict=True))
+    levels = holm_levels([p for i in family if (p := first[i].p) is not None] + [1.0] * pending, alpha)
+    adjusted = dict(zip(family, levels, strict=False))
     return tuple(judges[i](adjusted[i]) if adjusted.get(i, alpha) != alpha else first[i] for i in range(len(judges)))
 
 

@@ -20,11 +20,12 @@ INFORMING = (
     "weights_bytes", "resident_weights_bytes", "host_rss_peak_bytes",
     "kld.mean", "ppl_ratio", "top1_agreement", "mc.accuracy", "behaviour.pass_share",
 )  # fmt: skip
+#: What the reference scores against itself.
+OF_ITSELF = {"top1_agreement": 1.0, "behaviour.same_share": 1.0}
 TAILS = ("p90", "p95", "p99")
+ONCE = ("load_s", "first_run_s", "optimize_s")
 #: Figures that every block has its own value of.
-PER_BLOCK = tuple(
-    key for key in figures.all_keys() if figures.find(key)[0].kind in ("time", "energy") and key not in ("load_s", "first_run_s")
-)
+PER_BLOCK = tuple(key for key in figures.all_keys() if figures.find(key)[0].kind in ("time", "energy") and key not in ONCE)
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,24 @@ def judge(
     noise: Mapping[str, float] | None = None,
     alpha: float = DEFAULT_ALPHA,
     informing: Sequence[str] = INFORMING,
+    no_quality: str | None = None,
+    pending: int = 0,
 ) -> tuple[Judgement, ...]:
-    """Every gate, then every informing figure without one. `noise`: the stored A/A deviations, for stored runs."""
+    """Every gate, then every informing figure without one. `noise`: the stored A/A deviations, for stored runs.
+
+    `no_quality`: why the candidate's quality says nothing about this baseline; its verdicts are then INCONCLUSIVE.
+    `pending`: gates on figures that are still to be measured.
+    """
     gated = {gate.figure for gate in gates}
     wanted: list[tuple[str, Gate | None]] = [(gate.figure, gate) for gate in gates]
     wanted += [(key, None) for key in informing if key not in gated and _is_known(key, candidate)]
-    judges = [_judge_for(key, gate, baseline, candidate, is_live, noise or {}) for key, gate in wanted]
-    return apply_holm(judges, alpha)
+    judges = [
+        _quality(key, gate, candidate, no_quality)
+        if figures.find(key)[0].kind == "quality"
+        else _judge_for(key, gate, baseline, candidate, is_live, noise or {})
+        for key, gate in wanted
+    ]
+    return apply_holm(judges, alpha, pending)
 
 
 def _is_known(key: str, candidate: Evidence) -> bool:
@@ -77,8 +89,6 @@ def _judge_for(
     key: str, gate: Gate | None, baseline: Evidence, candidate: Evidence, is_live: bool, noise: Mapping[str, float]
 ) -> Callable[[float], Judgement]:
     figure, statistic = figures.find(key)
-    if figure.kind == "quality":
-        return _quality(key, gate, baseline, candidate)
     try:
         indices = candidate.indices() if is_live else []
         if not is_live:
@@ -98,19 +108,21 @@ def _judge_for(
         return lambda alpha: undecided(key, gate, reason, baseline=before, candidate=after)
 
 
-def _quality(key: str, gate: Gate | None, baseline: Evidence, candidate: Evidence) -> Callable[[float], Judgement]:
+def _quality(key: str, gate: Gate | None, candidate: Evidence, no_quality: str | None) -> Callable[[float], Judgement]:
+    """From the candidate alone: its quality is measured against the reference, which must be the baseline itself."""
     found = candidate.figures.get(key)
     if found is None or found.value is None:
         reason = (found.reason if found else None) or "quality was not measured"
         return lambda alpha: undecided(key, gate, reason)
+    if no_quality:
+        return lambda alpha: undecided(key, gate, no_quality, candidate=found.value)
     items = candidate.quality.get("behaviour" if key.startswith("behaviour") else "tasks")
     # `mc.delta: {min: …}` limits the difference itself, not the share it is a difference of.
     is_limit_of_difference = key == "mc.delta" and gate is not None and gate.is_absolute
     if items and key in ("mc.accuracy", "mc.delta", "behaviour.pass_share") and not is_limit_of_difference:
         broken, fixed, kept, total = _flips(items)
         return lambda alpha: verdict.judge_accuracy(key, kept, broken, fixed, total, gate, alpha)
-    judge_value = partial(verdict.judge_absolute, key, found.value, found.low, found.high, gate)
-    return lambda alpha: judge_value(alpha, baseline=_number(baseline, key))
+    return partial(verdict.judge_absolute, key, found.value, found.low, found.high, gate, baseline=OF_ITSELF.get(key))
 
 
 def _flips(items: Mapping[str, Any]) -> tuple[int, int, int, int]:

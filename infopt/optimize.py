@@ -11,17 +11,18 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infopt import __version__, artifact, pipeline, units
+from infopt import __version__, artifact, leakage, pipeline, units
 from infopt.arms import ArmSpec, file_name
 from infopt.artifact import Artifact, LoadBack
 from infopt.data import texts
+from infopt.data.calibration import read as read_calibration
 from infopt.errors import DiskFullError, InputError, LoadBackError
-from infopt.model import atomic, cache, load, reference, save, shapes
+from infopt.model import atomic, cache, checkpoint, compressed, load, reference, save, shapes
 from infopt.model.quiet import quiet
 from infopt.protocols import Context, Progress
 from infopt.recipe import EngineSection, Recipe
@@ -54,18 +55,15 @@ def optimize(
     `out` exists, the model is an artifact already or there is nothing to go on from, LoadBackError when the saved weights
     do not reload as what was made, DiskFullError when there is no room.
     """
-    if artifact.is_artifact(Path(model)):
-        source = artifact.read_artifact(Path(model)).reference
-        raise InputError(
-            f"{model} is already optimized; optimize starts from a reference model", hint=f"infopt optimize {source} …"
-        )
+    artifact.require_reference(model)
     save.require_free_target(out)
     ref = pipeline.resolve(model, options)
+    leaks = leakage.of_recipe(chosen, options.allow_leakage)
     device = pipeline.device_name(options.device)
     pipeline.set_threads(options.threads)
     log = StepLog(chosen, device, len(chosen.steps) > 1, progress)
     with unfinished(beside or out, build_key(ref, chosen, options), resume) as kept:
-        bundle, found, text_hash = pipeline.build(
+        bundle, found, source = pipeline.build(
             ref, chosen, device, options=options, progress=progress, observer=log, unfinished=kept
         )
         with atomic.new_folder(out) as staging:
@@ -82,13 +80,15 @@ def optimize(
                 recipe=chosen.as_dict(),
                 steps=log.records(pipeline.first_at_load(chosen, found)),
                 load_back=tuple(checks),
-                calibration_hash=text_hash,
+                calibration_hash=source.hash if source else None,
+                leaks=leaks,
                 seed=options.seed,
-                versions=pipeline.versions(),
+                versions=pipeline.versions(found),
                 bytes_before=shapes.stored_bytes(ref),
                 bytes_after=shapes.stored_bytes(staging),
                 content_hash=made.content_hash,
             )
+            leakage.write(source, staging)
             (staging / artifact.FILE).write_text(dump(document), encoding="utf-8")
             (staging / "README.md").write_text(model_card(document), encoding="utf-8")
     return document
@@ -132,20 +132,20 @@ def build_key(ref: ModelReference, chosen: Recipe, options: LoadOptions) -> str:
     calibration = None
     if any(technique.needs.calibration for technique in found):
         section = chosen.calibration
-        calibration = {**section.model_dump(), "hash": texts.content_hash(texts.read_text(section.text, "calibration"))}
+        calibration = {**section.model_dump(), "hash": read_calibration(section).hash}
     key = {
         "reference": reference.fingerprint(ref),
         "steps": [step.as_dict() for step in chosen.steps],
         "dtype": chosen.engine.dtype,
         "seed": options.seed,
         "calibration": calibration,
-        "versions": pipeline.versions(),
+        "versions": pipeline.versions(found),
     }
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def ensure(spec: ArmSpec, options: LoadOptions, progress: Progress = lambda line: None) -> Path | None:
-    """The cached artifact of an arm, made now if need be; None for an arm that leaves the weights alone.
+    """The cached artifact of an arm, made now if need be; the arm itself where it is one; None where its weights stay.
 
     Found again by its `build_key`.
     """
@@ -164,9 +164,18 @@ def ensure(spec: ArmSpec, options: LoadOptions, progress: Progress = lambda line
     )
 
     def build(target: Path) -> None:
-        optimize(spec.model, stored, target, options, progress, resume=None, beside=folder)
+        # What such an artifact is judged on, its command knows, and refuses what it has seen.
+        optimize(spec.model, stored, target, replace(options, allow_leakage=True), progress, resume=None, beside=folder)
 
-    return cache.build_once(folder, build)
+    return cache.build_once(folder, build, is_whole=_is_whole)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether an artifact holds what was saved: nobody edited it, no disk lost a part."""
+    try:
+        return artifact.read_artifact(folder).content_hash in (None, reference.content_hash(folder))
+    except (InputError, OSError):
+        return False
 
 
 @dataclass
@@ -206,21 +215,36 @@ class _Build:
                     self.bundle = self.techniques[index].apply(self.bundle, context)
                 log.judge(index, self.bundle)
             at_load = probe(self.bundle, ids)
+        dtype = str(self.bundle.model.dtype).removeprefix("torch.")
         self.bundle = None
         gc.collect()
         self.progress("loading back")
+        checks = [self._check_plain(stored, ids, tolerance, dtype)]
         saved = pipeline.as_stored(self.recipe)
-        plan = pipeline.load_plan(saved, self.device, trust_remote_code=self.options.trust_remote_code)
-        plain = load.load(pipeline.resolve(str(self.staging), self.options), plan, self.progress)
-        checks = [compare_probe(stored, probe(plain, ids), tolerance, "plain transformers")]
-        del plain
         is_reopened = any(type(t).reopen is not Technique.reopen for t in self.techniques)
-        if at_load is not None or is_reopened:
+        if at_load is not None or is_reopened or checks[0].refusal:
             at_load_steps = range(first, len(self.techniques))
             again = pipeline.finish(self.staging, saved, at_load_steps, self.device, self.options, self.progress)
             # infopt opens it in the layers it was made in, so no format's tolerance applies.
-            checks.append(compare_probe(stored if at_load is None else at_load, probe(again, ids), 0.0, "infopt"))
+            checks.append(compare_probe(stored if at_load is None else at_load, probe(again, ids), 0.0, f"infopt {__version__}"))
         return checks
+
+    def _check_plain(self, stored: torch.Tensor, ids: torch.Tensor, tolerance: float, dtype: str) -> LoadBack:
+        """By plain transformers. That it refuses, where the installed libraries are known not to read the format, is recorded."""
+        saved = pipeline.as_stored(self.recipe)
+        plan = pipeline.load_plan(saved, self.device, trust_remote_code=self.options.trust_remote_code)
+        reader = f"plain transformers {pipeline.versions()['transformers']}"
+        gap = compressed.gap(checkpoint.read_config(self.staging).get("quantization_config"), dtype)
+        try:
+            plain = load.load(pipeline.resolve(str(self.staging), self.options), replace(plan, is_plain=True), self.progress)
+            found = probe(plain, ids)
+        except (InputError, RuntimeError):
+            if gap is None:
+                raise
+            return LoadBack(
+                reader=reader, refusal=gap, tokens=ids.numel(), max_abs_logit_difference=None, tolerance=0.0, top1_agreement=None
+            )
+        return compare_probe(stored, found, tolerance, reader)
 
 
 def probe_ids(bundle: Bundle) -> torch.Tensor:
@@ -253,7 +277,9 @@ def compare_probe(made: torch.Tensor, reloaded: torch.Tensor, tolerance: float, 
             hint="this is a defect of the format or its loader on this machine: infopt doctor, and report it",
         )
     same = float((made.argmax(-1) == reloaded.argmax(-1)).float().mean())
-    return LoadBack(tokens=made.shape[0], max_abs_logit_difference=difference, tolerance=tolerance, top1_agreement=same)
+    return LoadBack(
+        reader=by, tokens=made.shape[0], max_abs_logit_difference=difference, tolerance=tolerance, top1_agreement=same
+    )
 
 
 #: Where a tensor lies in memory alone moves float32 logits by about 1e-6: its alignment picks the kernel.
@@ -273,12 +299,16 @@ def model_card(document: Artifact) -> str:
         f"- stored weights: {units.size(document.bytes_before)} → {units.size(document.bytes_after)}",
         f"- made by infopt {document.infopt_version} on {document.created_utc}, seed {document.seed}",
     ]  # fmt: skip
+    if document.leaks:
+        lines.append(f"- **judged on what it has seen**, which was allowed: {'; '.join(document.leaks)}")
     if at_load:
         names = " and ".join(f"`{name}`" for name in at_load)
         lines.append(f"- **{names} has no file format**: this folder holds the weights from before it; infopt repeats it at load")
     lines += [
-        f"- loaded back: logits within {units.significant(check.max_abs_logit_difference)} of the model that was made, "
-        f"on {check.tokens} tokens (allowed {units.significant(check.tolerance)})"
+        f"- **{check.reader} does not read it**: {check.refusal}"
+        if check.refusal
+        else f"- loaded back by {check.reader}: logits within {units.significant(check.max_abs_logit_difference)} of the model "
+        f"that was made, on {check.tokens} tokens (allowed {units.significant(check.tolerance)})"
         for check in document.load_back
     ]
     return "\n".join([*lines, "", "```", "infopt bench <this folder>", 'infopt generate <this folder> "Hello"', "```", ""])

@@ -6,15 +6,17 @@ and the quality checks open arms through it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from infopt import artifact, engines, recipe, techniques
 from infopt.arms import ArmSpec
-from infopt.data import texts
+from infopt.data import calibration
+from infopt.data.calibration import Source
 from infopt.errors import InputError, MissingNeedError, RecipeError
 from infopt.measure import environment, nvml, peaks
 from infopt.measure.clock import WallClock
@@ -71,9 +73,20 @@ def build_techniques(chosen: Recipe, model_shapes: Shapes, device: str = "auto")
         lacking = missing_need(technique.needs, device)
         if lacking:
             raise MissingNeedError(f"{chosen.place(index)}: {lacking.message}", hint=lacking.hint)
+        technique.cache_dtype = chosen.cache.dtype
         technique.check(model_shapes, chosen.place(index))
+        technique.calibration_tokens = chosen.calibration.samples * chosen.calibration.tokens
         found.append(technique)
     return found
+
+
+def import_libraries(chosen: Recipe) -> None:
+    """Imports what opening an arm of the recipe will need, so that nobody takes it for loading."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - resolved here, not when first used
+
+    for index, step in enumerate(chosen.steps):
+        for module in techniques.find(step.name, chosen.place(index))(step.options).needs.modules:
+            importlib.import_module(module)
 
 
 def changes_weights(chosen: Recipe) -> bool:
@@ -101,12 +114,21 @@ def predict(chosen: Recipe, model_shapes: Shapes, loaded: Prediction, machine: M
     return rows
 
 
-def calibration_ids(chosen: Recipe, tokenizer: Any) -> tuple[tuple[tuple[int, ...], ...], str]:
-    """The recipe's calibration windows as token ids, and the sha256 of the text they come from."""
-    section = chosen.calibration
-    text = texts.read_text(section.text, "calibration")
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    return texts.windows(ids, section.tokens, section.samples, section.seed), texts.content_hash(text)
+def calibration_source(chosen: Recipe) -> Source | None:
+    """What the recipe's calibration draws; None where no step reads any. Raises InputError."""
+    steps = (techniques.find(step.name)(step.options) for step in chosen.steps)
+    return calibration.read(chosen.calibration) if any(step.needs.calibration for step in steps) else None
+
+
+def calibration_ids(ref: ModelReference, chosen: Recipe) -> tuple[tuple[tuple[int, ...], ...], Source | None]:
+    """The recipe's calibration windows as token ids of the model, and where they come from; no weight is read."""
+    source = calibration_source(chosen)
+    if source is None:
+        return (), None
+    section, context = chosen.calibration, shapes.shapes(ref).context
+    if context and section.tokens > context:
+        raise RecipeError("calibration.tokens", f"found {section.tokens}; allowed: the model's context of {context} at most")
+    return calibration.windows(source, section, load.open_tokenizer(ref)), source
 
 
 class Observer:
@@ -133,11 +155,11 @@ def build(
     progress: Progress = lambda line: None,
     observer: Observer | None = None,
     unfinished: Path | None = None,
-) -> tuple[Bundle, list[Technique], str | None]:
+) -> tuple[Bundle, list[Technique], Source | None]:
     """Plan → load → apply, up to the first step that a file cannot hold (see `Technique.at_load`).
 
     `unfinished`: a folder where steps keep what lets an interrupted run go on. Returns the open model, all techniques
-    of the recipe, and the calibration text's hash where one was read.
+    of the recipe, and the calibration text where one was read.
     """
     observer = observer or Observer()
     found = build_techniques(chosen, shapes.shapes(ref), device)
@@ -145,6 +167,7 @@ def build(
     plan = load_plan(chosen, device, trust_remote_code=options.trust_remote_code)
     for technique in storable:
         plan = technique.plan(plan)
+    samples, source = calibration_ids(ref, chosen)
     progress(f"loading {ref.text}")
     # A technique that only plans does its work while the weights are read: loading is its step.
     loading = next((i for i, t in enumerate(storable) if type(t).apply is Technique.apply), None)
@@ -154,10 +177,6 @@ def build(
         bundle = load.load(ref, plan, progress)
     if observer.wants_reference and loading is None:
         observer.loaded(bundle)
-    samples: tuple[tuple[int, ...], ...] = ()
-    text_hash = None
-    if any(technique.needs.calibration for technique in storable):
-        samples, text_hash = calibration_ids(chosen, bundle.tokenizer)
     context = Context(seed=options.seed, device=device, calibration_ids=samples, progress=progress)
     for index, technique in enumerate(storable):
         if index != loading:
@@ -167,7 +186,7 @@ def build(
                 bundle = technique.apply(bundle, replace(context, unfinished=own))
         bundle = replace(bundle, steps=(*bundle.steps, chosen.steps[index].name))
         observer.done(index, bundle)
-    return bundle, found, text_hash
+    return bundle, found, source
 
 
 def first_at_load(chosen: Recipe, found: list[Technique]) -> int:
@@ -192,6 +211,7 @@ def reopen(
     chosen = replace(stored, engine=engine)
     if engine.dtype == stored.engine.dtype:
         chosen = as_stored(chosen)
+    options = replace(options, seed=saved.seed)  # the steps at load are those that the artifact was checked with
     bundle = finish(folder, chosen, saved.at_load, device, options, progress)
     return replace(bundle, description=f"{saved.reference_description}, optimized by {chosen.name}")
 
@@ -247,14 +267,14 @@ def machine(device: str, threads: int) -> Machine:
     return peaks.cached_machine(cache_dir() / "peaks.json", fingerprint, lambda: peaks.measure_machine(device))
 
 
-def versions() -> dict[str, str]:
-    """The libraries that decide what an artifact holds."""
+def versions(found: Sequence[Technique] = ()) -> dict[str, str]:
+    """The libraries that decide what an artifact holds, and the environments that `found` ran in."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
-    for name in ("infopt", "torch", "transformers", "compressed-tensors", "bitsandbytes", "optimum-quanto"):
+    known = {f"environment {env.name}": env.provenance() for each in found if (env := each.needs.environment)}
+    for name in ("infopt", "torch", "transformers", "compressed-tensors", "bitsandbytes", "optimum-quanto", "torchao"):
         try:
-            found[name] = version(name)
+            known[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return known

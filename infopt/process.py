@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from infopt import errors
-from infopt.errors import InfoptError, WorkerError
+from infopt.errors import InfoptError, RecipeError, WorkerError
 from infopt.protocols import Progress
 
 Event = dict[str, Any]
@@ -101,8 +101,9 @@ class WorkerProcess:
 
     def _error(self, event: Event) -> InfoptError:
         kind = getattr(errors, event["kind"], WorkerError)
-        found: InfoptError = kind.__new__(kind)
-        InfoptError.__init__(found, event["message"], hint=event["hint"])
+        if kind is RecipeError:
+            return RecipeError("", event["message"], hint=event["hint"])  # the place opens the message already
+        found: InfoptError = kind(event["message"], hint=event["hint"])
         return found
 
     def _died(self) -> WorkerError:

@@ -33,7 +33,8 @@ class Trace:
     """What one `Engine.generate` call did. Seconds count from the submission of the call.
 
     `emission_s[i]` is when step i's tokens were on the host, `emission_tokens[i]` how many tokens each row got in it
-    (speculation emits several). `output_ids` holds one tuple per request, prompt excluded.
+    (speculation emits several). `output_ids` holds one tuple per request, prompt excluded. `reused_tokens`: of each row's
+    prompt, those that a prefix cache held and no forward pass consumed.
     """
 
     output_ids: tuple[tuple[int, ...], ...]
@@ -42,6 +43,7 @@ class Trace:
     prefill_s: float | None = None
     drafted: int | None = None
     accepted: int | None = None
+    reused_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@
     sampling:    {temperature: 0.0, top_p: 1.0, top_k: 0, candidates: 1}
     cache:       {kind: dynamic, dtype: auto, prefix: false}
     engine:      {name: transformers, dtype: auto, compile: never, attention: auto}
-    calibration: {text: bundled, samples: 128, tokens: 512, seed: 0}
+    calibration: {text: bundled, samples: 128, tokens: 256, seed: 0}
     gates:       {ppl_ratio: {max: 1.02}}
 
 Every refusal names the place (`steps[0].rtn.bits`), what was found, what is allowed, and the nearest name.
@@ -18,7 +18,6 @@ A recipe that extends another overrides its sections key by key; `steps` and `ga
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from infopt.errors import InputError, RecipeError, unknown
+from infopt.errors import InputError, RecipeError, shown, unknown
 from infopt.figures import all_keys
 from infopt.gates import CONDITIONS, Gate, UniqueKeys, parse_gates
 
@@ -67,9 +66,12 @@ class EngineSection(Section):
 
 
 class Calibration(Section):
+    """`text`: `bundled`, a text file, a .jsonl of texts or chats, or `hub:NAME[:SPLIT[:FIELD]]`; see `infopt.data.calibration`.
+    `samples` windows of `tokens` tokens; the defaults leave the bundled text room with any tokenizer."""
+
     text: str = "bundled"
     samples: int = Field(default=128, ge=1)
-    tokens: int = Field(default=512, ge=16)
+    tokens: int = Field(default=256, ge=16)
     seed: int = 0
 
 
@@ -175,18 +177,18 @@ def parse(document: Any, find: FindTechnique, *, source: str = "", default_name:
     """A `Recipe` from a YAML document that extends nothing more. Raises RecipeError."""
     if not isinstance(document, Mapping):
         raise RecipeError(
-            "", f"{source or 'recipe'}: found {_shown(document)}; allowed: a mapping", hint="infopt recipes show baseline"
+            "", f"{source or 'recipe'}: found {shown(document)}; allowed: a mapping", hint="infopt recipes show baseline"
         )
     for key in document:
         if key not in _KEYS:
             raise RecipeError(str(key), unknown("key", str(key), _KEYS), hint="infopt recipes schema prints the grammar")
     if type(document.get("version")) is not int or document["version"] != 1:
         raise RecipeError(
-            "version", f"found {_shown(document.get('version'))}; allowed: 1", hint="start the file with `version: 1`"
+            "version", f"found {shown(document.get('version'))}; allowed: 1", hint="start the file with `version: 1`"
         )
     for key in ("name", "about"):
         if not isinstance(document.get(key, ""), str):
-            raise RecipeError(key, f"found {_shown(document[key])}; allowed: text")
+            raise RecipeError(key, f"found {shown(document[key])}; allowed: text")
     sections: dict[str, Any] = {
         key: section(document[key], model, key) for key, model in SECTIONS.items() if document.get(key) is not None
     }
@@ -208,7 +210,7 @@ def section(value: Any, model: type[S], path: str) -> S:
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
-        raise RecipeError(path, f"found {_shown(value)}; allowed: {{{', '.join(model.model_fields)}}}")
+        raise RecipeError(path, f"found {shown(value)}; allowed: {{{', '.join(model.model_fields)}}}")
     try:
         return model.model_validate(dict(value))
     except ValidationError as error:
@@ -221,7 +223,7 @@ def section(value: Any, model: type[S], path: str) -> S:
         if first["type"] == "missing":
             raise RecipeError(where, f"is missing{more}", hint=f"allowed: {_allowed(model, key)}") from None
         raise RecipeError(
-            where, f"found {_shown(first['input'])}; allowed: {_allowed(model, key) or first['msg']}{more}"
+            where, f"found {shown(first['input'])}; allowed: {_allowed(model, key) or first['msg']}{more}"
         ) from None
 
 
@@ -252,14 +254,14 @@ def _steps(value: Any, find: FindTechnique) -> tuple[Step, ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise RecipeError("steps", f"found {_shown(value)}; allowed: a list of `- technique: {{options}}`")
+        raise RecipeError("steps", f"found {shown(value)}; allowed: a list of `- technique: {{options}}`")
     steps = []
     for index, item in enumerate(value):
         path = f"steps[{index}]"
         if isinstance(item, str):
             item = {item: {}}
         if not isinstance(item, Mapping) or len(item) != 1:
-            raise RecipeError(path, f"found {_shown(item)}; allowed: one technique with its options, `- rtn: {{bits: 4}}`")
+            raise RecipeError(path, f"found {shown(item)}; allowed: one technique with its options, `- rtn: {{bits: 4}}`")
         name, options = next(iter(item.items()))
         technique = find(str(name), path)
         steps.append(Step(str(name), section(options, technique.Options, f"{path}.{name}")))
@@ -277,12 +279,12 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError("", f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(document, dict):
-        raise RecipeError("", f"{path}: found {_shown(document)}; allowed: a mapping", hint="infopt recipes show baseline")
+        raise RecipeError("", f"{path}: found {shown(document)}; allowed: a mapping", hint="infopt recipes show baseline")
     base = document.pop("extends", None)
     if base is None:
         return document
     if not isinstance(base, str):
-        raise RecipeError("extends", f"found {_shown(base)}; allowed: a recipe's name or path")
+        raise RecipeError("extends", f"found {shown(base)}; allowed: a recipe's name or path")
     parent = _read(locate(base, beside=path.parent), (*seen, path.resolve()))
     for key in ("name", "about"):
         parent.pop(key, None)
@@ -304,8 +306,12 @@ def _override(document: dict[str, Any], text: str) -> None:
         value = yaml.safe_load(raw)
     except yaml.YAMLError:
         raise InputError(f"--set {text!r}: the value is not valid YAML") from None
-    if parts[0] == "gates" and len(parts) > 3:
-        parts = ["gates", ".".join(parts[1:-1]), parts[-1]]  # figure keys hold a dot: gates.tpot_s.p50.max_regress
+    if parts[0] == "gates" and len(parts) > 1:
+        if value is None:
+            return _drop_gate(document.get("gates"), ".".join(parts[1:]), text)
+        # Figure keys hold a dot: gates.tpot_s.p50.max_regress=3%, gates.tpot_s.p50={max: 1}
+        end = len(parts) if isinstance(value, dict) else max(2, len(parts) - 1)
+        parts = ["gates", ".".join(parts[1:end]), *parts[end:]]
     if parts[0] == "steps" and len(parts) > 1 and document.get("steps") is None:
         document["steps"] = []
     node: Any = document
@@ -324,14 +330,27 @@ def _override(document: dict[str, Any], text: str) -> None:
                 node[part] = {}
             node = node[part]
         else:
-            raise InputError(f"--set {text!r}: {where} is {_shown(node)}, which has no keys")
+            raise InputError(f"--set {text!r}: {where} is {shown(node)}, which has no keys")
     if not isinstance(node, dict | list):
-        raise InputError(f"--set {text!r}: {'.'.join(parts[:-1])} is {_shown(node)}, which has no keys")
+        raise InputError(f"--set {text!r}: {'.'.join(parts[:-1])} is {shown(node)}, which has no keys")
     if isinstance(node, list):
         raise InputError(
             f"--set {text!r}: names a whole step; name one of its options", hint="e.g. --set steps.0.nf4.double_quant=true"
         )
     node[parts[-1]] = value
+
+
+def _drop_gate(gates: Any, name: str, text: str) -> None:
+    """Takes `tpot_s.p50` away whole, or only its condition of `tpot_s.p50.max_regress`."""
+    gates = gates if isinstance(gates, dict) else {}
+    figure, _, condition = name.rpartition(".")
+    if name in gates:
+        del gates[name]
+    elif isinstance(gates.get(figure), dict) and condition in gates[figure]:
+        rest = {key: limit for key, limit in gates[figure].items() if key != condition}
+        gates.update({figure: rest}) if rest else gates.pop(figure)
+    else:
+        raise InputError(f"--set {text!r}: {unknown('gate', name, map(str, gates))}")
 
 
 def schema(techniques: Mapping[str, Any]) -> dict[str, Any]:
@@ -374,13 +393,3 @@ def schema(techniques: Mapping[str, Any]) -> dict[str, Any]:
         "additionalProperties": False,
         "properties": properties,
     }
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except TypeError:
-        text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"

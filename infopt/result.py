@@ -48,6 +48,8 @@ class Sample(Record):
     detokenize_s: float | None = None
     drafted: int | None = None
     accepted: int | None = None
+    reused_tokens: int | None = None
+    """Of each row's prompt, tokens that a prefix cache held."""
     scheduled_s: float | None = None
     submitted_s: float = 0.0
     """Submission, in seconds after the block began."""

@@ -121,12 +121,10 @@ def _kind(folder: Path) -> Literal["run", "comparison"] | None:
 
 
 def _has_samples(folder: Path) -> bool:
-    """Samples lie in a run's folder, or one level down in a comparison's, which bears a result's name: a folder of
-    results has samples one level down as well, and must never be taken for one.
-    """
+    """Samples lie in a run's folder, or below `arms` in a comparison's, which bears a result's name."""
     if (folder / "samples.jsonl").is_file():
         return True
-    return bool(_NAME.match(folder.resolve().name)) and next(folder.glob("*/samples.jsonl"), None) is not None
+    return bool(_NAME.match(folder.resolve().name)) and next(folder.glob("arms/*/samples.jsonl"), None) is not None
 
 
 def _cut_off(folder: Path) -> str:

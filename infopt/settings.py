@@ -7,6 +7,16 @@ from pathlib import Path
 from typing import Any
 
 WARMUP_CAP = 10
+"""Iterations after which an arm's first block begins, still trending or not."""
+WARMUP_LATER, WARMUP_FRESH = 1, 3
+"""Iterations of later blocks: in a process that stayed up, whose caches and clocks are at rest, and in a fresh one."""
+
+
+def portable(path: str) -> str:
+    """A path as results keep it: one typed in full becomes relative to here, or its last part, since results travel."""
+    if not Path(path).is_absolute():
+        return path
+    return str(Path(path).relative_to(Path.cwd()) if Path(path).is_relative_to(Path.cwd()) else Path(path).name)
 
 
 @dataclass(frozen=True)
@@ -14,12 +24,12 @@ class LoadOptions:
     """How models are opened, the same for every arm of a command."""
 
     device: str = "auto"
-    dtype: str | None = None
-    """Overrides the recipes' `engine.dtype`."""
     threads: int | None = None
     seed: int = 0
     revision: str | None = None
     trust_remote_code: bool = False
+    allow_leakage: bool = False
+    """Judge on what calibration has seen, and say so, rather than refuse."""
 
 
 @dataclass(frozen=True)
@@ -63,4 +73,9 @@ class Settings:
     warmup_cap: int = WARMUP_CAP
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For `run.json`."""
+        found = asdict(self)
+        for key in ("text", "prompts_file", "choices_file"):
+            if found["quality"] and found["quality"][key]:
+                found["quality"][key] = portable(found["quality"][key])
+        return found

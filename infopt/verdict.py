@@ -1,8 +1,8 @@
 """Judges: each turns one kind of evidence into a `Judgement`.
 
-    judge_paired     blocks of two arms that ran side by side        time, energy, cost
+    judge_paired     blocks of two arms that ran side by side        time, energy
     judge_tail       the same, for percentiles over requests         ttft_s.p95
-    judge_stored     blocks of two stored runs                       time, energy, cost
+    judge_stored     blocks of two stored runs                       time, energy
     judge_point      two numbers without noise                       memory
     judge_absolute   one number with its interval                    quality
     judge_accuracy   the same items on both arms                     task scores, pass rates
@@ -39,6 +39,9 @@ from infopt.stats import (
 T = TypeVar("T")
 DEFAULT_MARGIN = 0.02
 """Largest drop of a task's share that counts as no loss: 2 points."""
+_FAR = 2.0
+"""A figure of quality without an interval is decided only at twice its limit, or at half of it."""
+_NO_INTERVAL = "no interval: another text could give another side of the limit; gate a mean over several windows"
 _ROUNDING = 1e-9
 """Slack of point tests, so that 103 is not "more than 3 %" above 100 in binary."""
 
@@ -150,7 +153,7 @@ def judge_stored(
 
 def judge_point(key: str, baseline: float | None, candidate: float | None, gate: Gate | None = None) -> Judgement:
     """A figure without noise, such as bytes: the values themselves against τ. A gain no larger than τ is a PASS."""
-    if (gate is not None and gate.is_absolute) or figures.find(key)[0].kind == "quality":
+    if gate is not None and gate.is_absolute:
         return judge_absolute(key, candidate, None, None, gate, baseline=baseline)
     if baseline is None or candidate is None:
         lacking = "baseline" if baseline is None else "candidate"
@@ -171,9 +174,10 @@ def _judge_harm(
     is_lower_better = figures.find(key)[0].better == "lower"
     ratio = (harm.log if is_lower_better else -harm.log).exp()
     notes = [note] if note else []
+    verdict = three_way(harm.log, limit)
     if harm.log.low is None:
         notes.append(harm.blind)
-    elif harm.mde is not None and harm.mde > abs(limit) > 0:
+    elif verdict in (Verdict.PASS, Verdict.INCONCLUSIVE) and (harm.mde or 0) > abs(limit) > 0:
         what = harm.blind if harm.pairs is None else "no practical number of pairs would do"
         what = f"needs about {harm.pairs_needed} pairs" if harm.pairs_needed else what
         notes.append(f"this machine cannot see {units.percent(abs(tau))}; {what}")
@@ -181,7 +185,7 @@ def _judge_harm(
     return judgement(
         key,
         gate,
-        three_way(harm.log, limit),
+        verdict,
         baseline=baseline,
         candidate=candidate,
         effect=ratio.estimate,
@@ -231,6 +235,7 @@ def judge_absolute(
     reason: str | None = None,
 ) -> Judgement:
     """A figure of the candidate with its 95 % interval, or without one as a point, against `max`, `min` or `max_drop`.
+    Quality always depends on the text: without an interval it is decided only far from the limit.
 
     For another `alpha` each side of the interval is scaled by the ratio of normal quantiles. `max_drop` takes the
     baseline's value as exact; two measured shares go to `judge_accuracy`. `reason` says why `value` is null.
@@ -243,7 +248,9 @@ def judge_absolute(
     if gate.condition == "max_drop" and baseline is None:
         return undecided(key, gate, "the baseline has no value", candidate=value)
     if low is None or high is None:
-        return _judge_limit(key, gate, Interval(value, value, value), None, alpha, baseline)
+        is_exact = figures.find(key)[0].kind != "quality" or _is_far(value, _limit(gate, baseline))
+        found = _judge_limit(key, gate, Interval(value, value, value), None, alpha, baseline)
+        return found if is_exact else found.model_copy(update={"verdict": Verdict.INCONCLUSIVE, "note": _NO_INTERVAL})
     quantile = normal_quantile(1 - DEFAULT_ALPHA / 2)
     scale = normal_quantile(1 - alpha / 2) / quantile
     limit = _limit(gate, baseline)
@@ -280,6 +287,11 @@ def judge_accuracy(
         key, gate, verdict, comparison="difference", baseline=before, candidate=after, effect=interval.estimate,
         low=interval.low, high=interval.high, alpha=alpha, p=change.p_value(-margin), mde=change.mde, tau=margin, note=note,
     )  # fmt: skip
+
+
+def _is_far(value: float, limit: float) -> bool:
+    """Whether a number without an interval lies a factor of two or more from a limit above 0."""
+    return limit > 0 and not limit / _FAR < value < limit * _FAR
 
 
 def _judge_level(key: str, gate: Gate, baseline: Sequence[float], candidate: Sequence[float], alpha: float) -> Judgement:

@@ -1,10 +1,12 @@
 """The measuring process: `python -m infopt.worker`. One JSON command per line in, JSON events out.
 
-    prepare   an arm's weight steps, into the artifact cache
-    open      an arm; tells what was loaded
-    block     one block of requests; a `sample` event each
-    finish    memory, share of the limit
-    assess    quality of candidates against a reference
+    prepare         an arm's weight steps, into the artifact cache
+    check           whether workloads fit a model
+    check_quality   whether candidates can be judged against a reference
+    open            an arm; tells what was loaded
+    block           one block of requests; a `sample` event each
+    finish          peaks of memory
+    assess          quality of candidates against a reference
 
 stdout carries the protocol alone: whatever libraries print goes to stderr.
 """
@@ -22,18 +24,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from infopt import optimize, pipeline
+from infopt import artifact, assess, optimize, pipeline
 from infopt.arms import ArmSpec
-from infopt.assess import assess
 from infopt.data import prompts, texts
-from infopt.errors import InfoptError
+from infopt.errors import InfoptError, InputError
 from infopt.measure import energy, environment, memory, nvml, peaks, roofline
 from infopt.measure.clock import WallClock
 from infopt.measure.value import value
 from infopt.measure.window import Instruments, Place, measure_block
-from infopt.model import reference, shapes
+from infopt.model import load, reference, shapes
 from infopt.protocols import Machine, Request, Trace
-from infopt.result import Sample
 from infopt.settings import LoadOptions, QualitySettings, WorkloadSpec
 from infopt.workload import Workload
 from infopt.workload.prompts import prompt_set
@@ -56,18 +56,19 @@ class OpenArm:
         self.gpu, gpu_reason = nvml.open_gpu(self.device)
         self.memory = memory.MemoryWatch(self.device, self.gpu, gpu_reason)
         self.machine = machine or peaks.measure_machine(self.device)
+        self.reference = pipeline.resolve(spec.model, options)
+        self.shapes = shapes.shapes(self.reference)  # imports the model's code: what `load_s` times is the weights
+        pipeline.import_libraries(spec.recipe)
         start = self.clock.now()
         self.bundle = pipeline.open_arm(spec, self.device, options, lambda line: emit("progress", line=line))
         self.clock.synchronise()
         self.load_s = self.clock.now() - start
-        self.reference = pipeline.resolve(spec.model, options)
-        self.shapes = shapes.shapes(self.reference)
         self.engine = pipeline.engine(self.bundle, spec.recipe)
         self.workload = build_workload(workload, self.bundle.tokenizer, self.shapes.context)
         self.seed = options.seed
+        self._decoded: dict[tuple[int, ...], str] = {}
         self.meter = energy.open_meter(self.device, self.clock.now, self.gpu, gpu_reason)
         self.idle_power_w = energy.idle_power_w(self.meter, self.clock) if not isinstance(self.meter, energy.NoEnergy) else None
-        self.samples: list[Sample] = []
         start = self.clock.now()
         self.engine.generate(next(iter(self.workload.warmup(self.seed, 0))))
         self.clock.synchronise()
@@ -85,16 +86,24 @@ class OpenArm:
             "workload": self.workload.as_dict(),
             "workload_hash": self.workload.hash,
             "machine": asdict(self.machine),
+            "traffic": self._traffic(),
             "figures": {
                 key: value(key, number).model_dump()
                 for key, number in (
                     ("load_s", self.load_s),
+                    *self._made(),
                     ("first_run_s", self.first_run_s),
                     ("weights_bytes", float(shapes.stored_bytes(self.reference))),
                     ("resident_weights_bytes", float(self.bundle.resident_bytes())),
                 )
             },
         }
+
+    def _made(self) -> list[tuple[str, float]]:
+        """What an artifact says of its making."""
+        if not self.spec.is_artifact:
+            return []
+        return [("optimize_s", sum(step.seconds for step in artifact.read_artifact(Path(self.spec.model)).steps))]
 
     def block(self, index: int, round: int, position: int, is_first: bool, warmup_cap: int, warmup_later: int) -> dict[str, Any]:
         """One measured block of the workload."""
@@ -107,7 +116,7 @@ class OpenArm:
             detokenise=self._detokenise,
             idle_power_w=self.idle_power_w,
         )
-        block, samples = measure_block(
+        block, _ = measure_block(
             self.engine,
             self.workload.batches(self.seed, index),
             instruments,
@@ -118,30 +127,29 @@ class OpenArm:
             warmup_later=warmup_later,
             on_sample=lambda sample: self._emit("sample", sample=sample.model_dump()),
         )
-        self.samples += samples
         return block.model_dump()
 
-    def finish(self, machine: dict[str, Any]) -> dict[str, Any]:
-        """Figures that need the whole run. `machine`: the best peaks that any worker of this command measured."""
-        element = pipeline.ELEMENT_BYTES[str(self.bundle.model.dtype).removeprefix("torch.")]
-        found, limits = roofline.shares_of_limit(
-            self.samples,
-            self.shapes,
-            Machine(**machine),
-            weights_bytes=self._touched_bytes(element),
-            kv_element_bytes=element,
-            dtype=str(self.bundle.model.dtype).removeprefix("torch."),
-        )
-        longest = max((s.batch * (s.prompt_tokens + s.out_tokens) for s in self.samples), default=0)
-        found["kv_bytes"] = value("kv_bytes", float(longest * self.shapes.kv_bytes_per_token(element)))
-        found |= self.memory.values()
-        return {"figures": {key: each.model_dump() for key, each in found.items()}, "limits": limits}
+    def finish(self) -> dict[str, Any]:
+        """Peaks of memory since the arm was open."""
+        return {"figures": {key: each.model_dump() for key, each in self.memory.values().items()}}
 
-    def _touched_bytes(self, element: int) -> int:
-        """Bytes of weights that a step reads: as stored, or as held in memory where steps ran at load."""
-        found = pipeline.build_techniques(self.spec.recipe, self.shapes)
-        if pipeline.first_at_load(self.spec.recipe, found) == len(found):
-            return roofline.touched_weight_bytes(self.shapes, shapes.stored_bytes(self.reference), element)
+    def _traffic(self) -> dict[str, Any]:
+        """What the parent needs for the limits: shapes, bytes that a step reads, and what it multiplies in."""
+        dtype = str(self.bundle.model.dtype).removeprefix("torch.")
+        element = pipeline.ELEMENT_BYTES[dtype]
+        found = pipeline.build_techniques(self.spec.recipe, self.shapes, self.device)
+        # As stored, or as held in memory where steps ran at load or a .gguf file was dequantized.
+        is_held = self.reference.kind == "gguf" or pipeline.first_at_load(self.spec.recipe, found) < len(found)
+        stored = self._held_bytes() if is_held else shapes.stored_bytes(self.reference)
+        return {
+            "shapes": asdict(self.shapes),
+            "weights_bytes": stored if is_held else roofline.touched_weight_bytes(self.shapes, stored, element),
+            "kv_element_bytes": element,
+            "dtype": next((each.arithmetic for each in reversed(found) if each.arithmetic), dtype),
+        }
+
+    def _held_bytes(self) -> int:
+        """Weights in memory that a step reads: not an input embedding that is no head as well, which is a gather."""
         model: Any = self.bundle.model
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         is_tied = getattr(head, "weight", None) is embedding
@@ -154,8 +162,10 @@ class OpenArm:
 
     def _texts(self, batch: list[Request]) -> list[str]:
         """Decoded outside the timed call, once per prompt."""
-        cache = self.__dict__.setdefault("_decoded", {})
-        return [cache.setdefault(r.prompt_ids, str(self.bundle.tokenizer.decode(list(r.prompt_ids)))) for r in batch]
+        for ids in (request.prompt_ids for request in batch):
+            if ids not in self._decoded:
+                self._decoded[ids] = str(self.bundle.tokenizer.decode(list(ids)))
+        return [self._decoded[request.prompt_ids] for request in batch]
 
     def _detokenise(self, trace: Trace) -> None:
         for row in trace.output_ids:
@@ -219,6 +229,22 @@ class Worker:
         folder = optimize.ensure(ArmSpec.from_dict(arm), LoadOptions(**options), self.progress)
         return {"folder": None if folder is None else str(folder), "seconds": time.perf_counter() - start}
 
+    def do_check(self, arm: dict[str, Any], options: dict[str, Any], workloads: list[dict[str, Any]]) -> None:
+        """Refuses a workload that does not fit the model, without reading a weight."""
+        spec = ArmSpec.from_dict(arm)
+        ref = pipeline.resolve(spec.model, LoadOptions(**options))
+        tokenizer, context = load.open_tokenizer(ref), shapes.shapes(ref).context
+        for each in (WorkloadSpec(**workload) for workload in workloads):
+            build_workload(each, tokenizer, context)
+            if each.batch > 1 and (spec.recipe.speculative or spec.recipe.cache.prefix):
+                raise InputError(f"{each.name}: {spec.recipe.name} takes 1 request at a time", hint="use batch 1")
+
+    def do_check_quality(
+        self, reference: dict[str, Any], candidates: list[dict[str, Any]], options: dict[str, Any], settings: dict[str, Any]
+    ) -> None:
+        arms = [ArmSpec.from_dict(arm) for arm in (reference, *candidates)]
+        assess.check(arms[0], arms[1:], LoadOptions(**options), QualitySettings(**settings))
+
     def do_fingerprint(self, model: str, options: dict[str, Any]) -> str:
         return reference.fingerprint(pipeline.resolve(model, LoadOptions(**options)))
 
@@ -234,17 +260,17 @@ class Worker:
         assert self._arm is not None
         return self._arm.block(**arguments)
 
-    def do_finish(self, machine: dict[str, Any]) -> dict[str, Any]:
+    def do_finish(self) -> dict[str, Any]:
         assert self._arm is not None
-        return self._arm.finish(machine)
+        return self._arm.finish()
 
     def do_assess(
         self, reference: dict[str, Any], candidates: list[dict[str, Any]], options: dict[str, Any], settings: dict[str, Any]
     ) -> None:
         """Emits one `quality` event per candidate."""
-        arms = [ArmSpec.from_dict(arm) for arm in candidates]
+        arms = [ArmSpec.from_dict(arm) for arm in (reference, *candidates)]
         quality = QualitySettings(**settings)
-        for label, found in assess(ArmSpec.from_dict(reference), arms, LoadOptions(**options), quality, self.progress):
+        for label, found in assess.assess(arms[0], arms[1:], LoadOptions(**options), quality, self.progress):
             self.emit("quality", label=label, quality=found)
 
 

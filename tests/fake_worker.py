@@ -2,7 +2,8 @@
 
 The model's name is the script, words joined by dashes: `fast`, `slow` (×1.5), `drift` (every round slower), `one` (one
 token), `errs` (the last request of a block fails), `dies`, `garbage`, `bytes`, `leaves` or `hangs` (in block 2), `refused`
-or `oom` (at open), `broken` (weight steps fail), `busy` (other load in every first try), `badly` (quality fails), `small`.
+or `oom` (at open), `broken` (weight steps fail), `busy` (other load in every first try), `badly` (quality fails), `small`,
+`unfit` (its quality is refused).
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ import time
 from typing import Any
 
 MACHINE = {"device": "cpu", "read_bytes_per_s": 1e9, "flops": {"float32": 1e9}, "last_level_cache_bytes": 1, "memory_bytes": 1}
+SHAPES = {
+    "architecture": "scripted", "layers": 1, "hidden": 1, "heads": 1, "kv_heads": 1, "head_dim": 1, "vocabulary": 1,
+    "context": 99, "linear": {"a": [1, 1]}, "head": [1, 1], "is_head_tied": True, "embedding": 1, "other": 0,
+}  # fmt: skip
+TRAFFIC = {"shapes": SHAPES, "weights_bytes": 100, "kv_element_bytes": 4, "dtype": "float32"}
 ENVIRONMENT = {"device": "cpu", "cpu": "scripted", "threads": 1, "torch": "2", "transformers": "5", "fingerprint": "f"}
 
 
@@ -22,8 +28,8 @@ def emit(event: str, **content: Any) -> None:
     print(json.dumps({"event": event, **content}), flush=True)
 
 
-def number(key: str, unit: str, value: float) -> dict[str, Any]:
-    return {key: {"value": value, "unit": unit, "id": f"{key}.v1"}}
+def number(key: str, unit: str, value: float, **bounds: float) -> dict[str, Any]:
+    return {key: {"value": value, "unit": unit, "id": f"{key}.v1", **bounds}}
 
 
 class Script:
@@ -50,7 +56,7 @@ class Script:
         return {
             "reference": f"{arm['model']}, scripted", "reference_hash": "0", "device": "cpu", "dtype": "float32",
             "environment": ENVIRONMENT, "workload": {"name": "scripted", "prompt_tokens": 8, "new_tokens": 5, "batch": 1},
-            "workload_hash": "w", "machine": MACHINE,
+            "workload_hash": "w", "machine": MACHINE, "traffic": TRAFFIC,
             "figures": number("load_s", "s", 1.0) | number("weights_bytes", "bytes", size),
         }  # fmt: skip
 
@@ -93,16 +99,30 @@ class Script:
             "prefill_s": 0.05, "error": error,
         }  # fmt: skip
 
-    def do_finish(self, machine: dict[str, Any]) -> dict[str, Any]:
-        assert machine == MACHINE
-        return {"figures": number("host_rss_peak_bytes", "bytes", 1000.0), "limits": {"scripted": True}}
+    def do_finish(self) -> dict[str, Any]:
+        return {"figures": number("host_rss_peak_bytes", "bytes", 1000.0)}
+
+    def do_check(self, arm: Any, options: Any, workloads: list[dict[str, Any]]) -> None:
+        if any(each["prompt_tokens"] > 1000 for each in workloads):
+            emit("error", kind="InputError", message="the prompt is too long", hint="a shorter one")
+
+    def do_check_quality(self, reference: Any, candidates: Any, options: Any, settings: Any) -> None:
+        if any("unfit" in arm["model"] for arm in candidates):
+            emit("error", kind="InputError", message="quality cannot be judged: vocabularies differ", hint=None)
+
+    def do_fingerprint(self, model: str, options: Any) -> str:
+        return "0"
 
     def do_assess(self, reference: Any, candidates: Any, options: Any, settings: Any) -> None:
         for arm in candidates:
             if "badly" in arm["model"]:
                 emit("error", kind="WorkerError", message="out of memory", hint=None)
                 return
-            quality = {"figures": number("ppl_ratio", "ratio", 1.0), "reference": reference["model"]}
+            quality = {
+                "figures": number("ppl_ratio", "ratio", 1.0, low=0.99, high=1.01),
+                "reference": reference["model"],
+                "failed": {},
+            }
             emit("quality", label=arm["label"], quality=quality)
 
 

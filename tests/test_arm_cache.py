@@ -33,6 +33,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         (out / "infopt.json").write_text(json.dumps(len(recipes)), encoding="utf-8")
 
     monkeypatch.setattr(optimize, "optimize", fake)
+    monkeypatch.setattr(optimize, "_is_whole", lambda folder: True)
     return recipes
 
 
@@ -116,3 +117,34 @@ def test_a_saved_arm_opens_under_its_own_run_time_half() -> None:
     folder = ensure(own)
     opened = pipeline.open_arm(ArmSpec("own", str(folder), own, is_artifact=True), "cpu", CPU)
     assert opened.model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("damage", ["config.json", "infopt.json", "model.safetensors"])
+def test_an_artifact_that_is_not_as_it_was_made_is_made_again(damage: str) -> None:
+    folder = ensure(chosen("rtn"))
+    assert folder is not None
+    before = (folder / "config.json").read_bytes()
+    file = folder / damage
+    stamp = (folder / "infopt.json").stat().st_mtime_ns
+    assert ensure(chosen("rtn")) == folder
+    assert (folder / "infopt.json").stat().st_mtime_ns == stamp, "what is whole is kept"
+    file.write_bytes(file.read_bytes()[:-1] + b" ")
+    assert ensure(chosen("rtn")) == folder
+    assert (folder / "config.json").read_bytes() == before
+    assert (folder / "infopt.json").stat().st_mtime_ns > stamp
+
+
+def test_steps_at_load_see_the_seed_that_the_artifact_was_made_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+
+    class Seeded(Technique):
+        at_load = True
+
+        def apply(self, bundle: Bundle, context: Context) -> Bundle:
+            seeds.append(context.seed)
+            return bundle
+
+    register(Seeded, monkeypatch)
+    folder = ensure(chosen("seeded"), replace(CPU, seed=7))
+    pipeline.reopen(folder or Path(), chosen().engine, "cpu", replace(CPU, seed=1))
+    assert set(seeds) == {7}

@@ -29,28 +29,6 @@ def test_warm_up_cap() -> None:
     assert "cap of 30" in check.message
 
 
-def test_resolution_against_the_threshold() -> None:
-    assert checks.resolution("tpot_s.p50", 0.03, 0.03, 20) is None
-    assert checks.resolution("tpot_s.p50", None, 0.03, None) is None
-    assert checks.resolution("tpot_s.p50", 0.5, 0.0, None) is None
-    check = checks.resolution("tpot_s.p50", 0.05, -0.03, 34)
-    assert check is not None
-    assert "5.0 %, above the threshold of 3.0 %" in check.message
-    assert "34 pairs" in check.next_step
-    blind = checks.resolution("tpot_s.p50", 0.05, 0.03, None)
-    assert blind is not None
-    assert "pairs" not in blind.next_step
-
-
-def test_weights_in_the_cache() -> None:
-    assert checks.cache_fit(33, 32) is None
-    assert checks.cache_fit(None, 32) is None
-    assert checks.cache_fit(32, None) is None
-    check = checks.cache_fit(20_000_000, 32_000_000)
-    assert check is not None
-    assert (check.level, "20.0 MB" in check.message, "32.0 MB" in check.message) == ("note", True, True)
-
-
 @pytest.mark.parametrize(
     ("pairs", "alpha", "is_gated", "level", "step"),
     [
@@ -65,16 +43,6 @@ def test_few_pairs(pairs: int, alpha: float, is_gated: bool, level: str | None, 
     check = checks.few_pairs(pairs, alpha, is_gated)
     assert (check.level if check else None) == level
     assert step in (check.next_step if check else "")
-
-
-def test_aa_noise() -> None:
-    assert checks.aa_noise("tpot_s.p50", 0.015, 0.03) is None
-    assert checks.aa_noise("tpot_s.p50", 0.5, 0.0) is None
-    noisy, absent = checks.aa_noise("tpot_s.p50", 0.016, 0.03), checks.aa_noise("tpot_s.p50", None, 0.03)
-    assert noisy is not None
-    assert (noisy.level, "1.6 % (sd)" in noisy.message) == ("warning", True)
-    assert absent is not None
-    assert absent.level == "note"
 
 
 def test_undefined_tpot() -> None:

@@ -49,6 +49,7 @@ def write(tmp_path: Path) -> Write:
         environment: dict[str, Any] | None = None,
         workload_hash: str = "w",
         complete: bool = True,
+        **other: Any,
     ) -> Path:
         folder = tmp_path / "results" / name
         folder.mkdir(parents=True)
@@ -62,7 +63,7 @@ def write(tmp_path: Path) -> Write:
             workload={"name": "128+32x1"}, workload_hash=workload_hash, environment=ENVIRONMENT | (environment or {}),
             figures=value("tpot_s.p50", tpot) | value("weights_bytes", weights), blocks=blocks,
             noise={} if noise is None else {"tpot_s.p50": noise}, warnings=(f"{name}: a warning",),
-        )  # fmt: skip
+        ).model_copy(update=other)  # fmt: skip
         (folder / "run.json").write_text(dump(run), encoding="utf-8")
         with (folder / "samples.jsonl").open("w", encoding="utf-8") as stream:
             for block in range(5):
@@ -198,6 +199,58 @@ def test_one_candidate_of_two_that_does_not_match_still_ends_with_five(write: Wr
     document = compared(write("base"), write("slow", 0.02), write("elsewhere", environment={"cpu": "Xeon"}), gates=GATE)
     assert document.judgements["slow"][0].verdict is Verdict.FAIL
     assert document.exit_code == Exit.NOT_COMPARABLE
+
+
+def test_what_decides_prompts_and_figures_must_match(write: Write) -> None:
+    base = write("base")
+    others = {
+        "seed": {"settings": {"options": {"seed": 1}}},
+        "objectives": {"settings": {"objectives": {"ttft_s": 0.5}}},
+        "definition": {"figures": {"tpot_s.p50": Value(value=0.01, unit="s", id="tpot_s.v2")}},
+    }
+    for name, other in others.items():
+        document = compared(base, write(name, **other), gates=GATE)
+        (found,) = document.judgements[name]
+        assert found.verdict is Verdict.NOT_COMPARABLE
+        assert str(found.note).startswith(f"{name}: ")
+    assert "tpot_s.v1 against tpot_s.v2" in str(found.note)
+
+
+# --- Quality ---------------------------------------------------------------------------------------------------------
+
+PPL = {"ppl_ratio": {"max": 1.02}}
+BARE = {"speculative": None, "sampling": None, "cache": None, "engine": None}
+
+
+def judged(write: Write, name: str, quality: dict[str, Any], base: Path | None = None, **run: Any) -> tuple[Verdict | None, str]:
+    """Of a run with a perplexity ratio of 1.00 to 1.01."""
+    ratio = Value(value=1.005, low=1.0, high=1.01, unit="ratio", id="ppl_ratio.v1")
+    known = value("tpot_s.p50", 0.01) | {"ppl_ratio": ratio}
+    known_quality = {"reference": "demo", "reference_hash": "0", "reference_way": BARE} | quality
+    new = write(name, figures=known, quality=known_quality, **run)
+    (found,) = compared(base or write(f"base-of-{name}"), new, gates=PPL, strict=True).judgements[name][:1]
+    return found.verdict, str(found.note)
+
+
+def test_quality_is_judged_where_the_baseline_is_its_reference(write: Write) -> None:
+    assert judged(write, "same", {})[0] is Verdict.PASS
+    for name, quality, reason in (
+        ("other", {"reference_hash": "1"}, "measured against demo, which is not the baseline"),
+        ("sampled", {"reference_way": BARE | {"sampling": {"temperature": 1.0}}}, "run in another way"),
+        ("old", {"reference_hash": None}, "does not tell which model"),
+    ):
+        verdict, note = judged(write, name, quality)
+        assert verdict is Verdict.INCONCLUSIVE
+        assert reason in note
+
+
+@pytest.mark.parametrize(("tier", "name"), [("fidelity", "text"), ("behaviour", "prompts"), ("tasks", "items")])
+def test_quality_on_other_material_is_not_judged(write: Write, tier: str, name: str) -> None:
+    base = write("base", quality={tier: {f"{name}_hash": "a"}})
+    assert judged(write, "same", {tier: {f"{name}_hash": "a"}}, base)[0] is Verdict.PASS
+    verdict, note = judged(write, "other", {tier: {f"{name}_hash": "b"}}, base)
+    assert verdict is Verdict.INCONCLUSIVE
+    assert name in note
 
 
 # --- Through the command ---------------------------------------------------------------------------------------------

@@ -71,6 +71,17 @@ def test_holm_stops_rising_at_the_first_open_gate() -> None:
     assert [r.alpha for r in results] == pytest.approx([0.05 / 3] * 3)
 
 
+def test_what_is_decided_before_the_last_gates_are_measured_stays_decided() -> None:
+    for early in ([1.2], [1.0, 1.2], [1.03, 1.2]):
+        for late in ([1.0], [1.2, 1.03], [1.03, 1.03]):
+            now = apply_holm(judges(early), pending=len(late))
+            then = apply_holm([*judges(early), *judges(late)])
+            for before, after in zip(now, then, strict=False):
+                assert before.verdict in (after.verdict, INCONCLUSIVE)
+    (alone,) = apply_holm(judges([1.2]), pending=3)
+    assert alone.alpha == pytest.approx(0.05 / 4)
+
+
 def test_point_tests_and_ungated_figures_do_not_cost_level() -> None:
     memory = partial(_memory, 100.0, 90.0)
     results = apply_holm([*judges([1.2]), *judges([1.0, 1.0], declared=False), memory])

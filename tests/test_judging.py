@@ -305,8 +305,17 @@ def test_pass_shares_are_judged_by_their_prompts() -> None:
     assert (each.baseline, each.candidate) == (0.9, 0.4)
 
 
+def test_a_share_of_agreement_drops_from_the_reference_against_itself() -> None:
+    rule = gates({"top1_agreement": {"max_drop": "2%"}})
+    for share, verdict in ((0.99, Verdict.PASS), (0.95, Verdict.FAIL)):
+        known = {"top1_agreement": value("top1_agreement", share, low=share - 0.005, high=share + 0.005)}
+        (each,) = judge(evidence(times(1)), evidence(times(1), known), rule, informing=())
+        assert each.verdict is verdict
+        assert each.effect == pytest.approx(share - 1)
+
+
 def test_other_shares_of_behaviour_are_plain_values() -> None:
-    known = {"behaviour.same_share": value("behaviour.same_share", 0.4)}
+    known = {"behaviour.same_share": value("behaviour.same_share", 0.4, low=0.35, high=0.45)}
     quality = {"behaviour": {"broken": 5, "fixed": 0, "kept": 4, "checked": 10}}
     rule = gates({"behaviour.same_share": {"min": 0.5}})
     (each,) = judge(evidence(times(1)), evidence(times(1), known, quality), rule, informing=())

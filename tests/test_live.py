@@ -28,7 +28,7 @@ from infopt.settings import LoadOptions, QualitySettings, Settings, WorkloadSpec
 
 PAIRS, REQUESTS, NEW, PROMPT = 6, 2, 4, 16
 WORKLOAD = WorkloadSpec(prompt_tokens=PROMPT, new_tokens=NEW, requests=REQUESTS)
-QUALITY = QualitySettings(fidelity_tokens=256, choice_items=4, behaviour_prompts=2)
+QUALITY = QualitySettings(fidelity_tokens=2048, choice_items=4, behaviour_prompts=2)
 CPU = LoadOptions(device="cpu", threads=1)
 INT8 = """
 version: 1
@@ -232,6 +232,11 @@ def test_its_arms_can_be_compared_again_as_stored_runs(live: Live) -> None:
     document = compare_stored(folders, gates=parse_gates({"weights_bytes": {"min_improve": "40%"}}, "gates"), is_strict=False)
     assert document.judgements["int8-own"][0].verdict is Verdict.IMPROVED
     assert document.exit_code == Exit.OK
+    ratio = parse_gates({"ppl_ratio": {"max": 1.2}}, "gates")
+    (found, *_) = compare_stored(folders, gates=ratio, is_strict=False).judgements["int8-own"]
+    assert found.verdict is Verdict.PASS, "the baseline is the very model that quality was measured against"
+    (found, *_) = compare_stored(folders[::-1], gates=ratio, is_strict=False).judgements["tiny"]
+    assert found.verdict is Verdict.INCONCLUSIVE
 
 
 def test_progress_tells_the_story(live: Live) -> None:

@@ -57,8 +57,11 @@ def run_compare(
     return compare(arms.parse(models.split()), WorkloadSpec(), LoadOptions(), settings, protocol, results=results, **named)
 
 
-def run_bench(model: str, results: Path, settings: Settings = PLAIN, blocks: int = 4, **named: Any) -> tuple[Run, Path]:
-    return bench(arms.spec(model, None), WorkloadSpec(), LoadOptions(), settings, blocks=blocks, results=results, **named)
+def run_bench(
+    model: str | arms.ArmSpec, results: Path, settings: Settings = PLAIN, blocks: int = 4, **named: Any
+) -> tuple[Run, Path]:
+    spec = arms.spec(model, None) if isinstance(model, str) else model
+    return bench(spec, WorkloadSpec(), LoadOptions(), settings, blocks=blocks, results=results, **named)
 
 
 def arm(folder: Path, label: str) -> Run:
@@ -159,6 +162,7 @@ def test_one_arm_is_nothing_to_compare_unless_with_itself(tmp_path: Path) -> Non
 def test_gate_mode_starts_a_process_per_block(tmp_path: Path, scripted: Counter[str]) -> None:
     _, folder = run_compare("fast slow", tmp_path, Protocol(pairs=3, is_gate_mode=True), gates=GATE)
     assert scripted == {"preparing": 1, "fast": 3, "slow": 3}
+    assert arm(folder, "fast").figures["mbu"].samples == 3 * 2, "the requests of every process count"
     assert len({block.energy_j for block in arm(folder, "fast").blocks}) == 3, "three process ids"
 
 
@@ -169,6 +173,7 @@ def test_gate_mode_redoes_a_block_that_ran_beside_other_load(tmp_path: Path) -> 
     stored = [(sample.block, sample.index) for sample in read_samples(folder / "arms" / "busy")]
     assert stored == [(block, index) for block in range(2) for index in range(3)], "the first tries are gone from the file"
     assert not any(block.is_redone for block in arm(folder, "fast").blocks)
+    assert busy.figures["mbu"].samples == 2 * 2, "those of the first tries do not"
 
 
 def test_quick_mode_redoes_a_few_blocks_then_reports_other_load_and_goes_on(tmp_path: Path) -> None:
@@ -185,6 +190,23 @@ def test_pairs_are_added_while_a_gate_is_open(tmp_path: Path) -> None:
     document, _ = run_compare("fast slow", tmp_path, Protocol(pairs=8, max_pairs=18), gates=GATE)
     assert document.pairs == 8
     assert only(document, "slow").verdict is Verdict.FAIL
+
+
+def test_a_look_counts_the_gates_that_are_measured_last(tmp_path: Path) -> None:
+    gates = GATE | {"ppl_ratio": {"max": 1.02}, "kld.mean": {"max": 1}, "top1_agreement": {"min": 0.5}}
+    protocol, settings = Protocol(pairs=8, max_pairs=13), Settings(quality=QualitySettings())
+    document, _ = run_compare("fast slow", tmp_path, protocol, gates=GATE)
+    assert document.pairs == 8
+    document, _ = run_compare("fast slow", tmp_path, protocol, settings, gates=gates)
+    assert document.pairs == 13, "at a quarter of it 8 pairs can decide nothing, and Holm will ask for that"
+    assert only(document, "slow").verdict is Verdict.FAIL
+
+
+def test_workers_start_one_by_one(tmp_path: Path, scripted: Counter[str]) -> None:
+    known: dict[str, Counter[str]] = {}
+    run_compare("fast slow", tmp_path, Protocol(pairs=1), progress=lambda line: known.setdefault(line, scripted.copy()))
+    assert known["fast: opening"] == {"preparing": 1, "fast": 1}
+    assert known["slow: opening"] == {"preparing": 1, "fast": 1, "slow": 1}
 
 
 def test_a_question_that_no_pair_can_settle_adds_none(tmp_path: Path) -> None:
@@ -210,6 +232,17 @@ def test_quality_is_judged_against_the_first_arm(tmp_path: Path) -> None:
         assert document.arm(label).quality == {"reference": "fast"}
         assert arm(folder, label).figures["ppl_ratio"].value == 1.0
     assert "ppl_ratio" not in document.arm("fast").figures
+
+
+@pytest.mark.parametrize("command", [run_compare, run_bench])
+def test_quality_that_cannot_be_judged_is_refused_before_anything_is_timed(
+    tmp_path: Path, scripted: Counter[str], command: Callable[..., Any]
+) -> None:
+    arguments = "fast unfit" if command is run_compare else arms.spec("unfit", "prompt_lookup")
+    with pytest.raises(InputError, match="vocabularies differ"):
+        command(arguments, tmp_path, settings=Settings())
+    assert scripted == {"preparing": 1}, "no arm was opened"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_quality_that_fails_keeps_what_was_measured(tmp_path: Path) -> None:
@@ -322,6 +355,27 @@ def test_an_interrupt_does_not_wait_for_a_busy_worker(tmp_path: Path, monkeypatc
     assert [(sample.block, sample.index) for sample in read_samples(folder)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
 
 
+def test_a_run_is_called_what_its_folder_is(tmp_path: Path) -> None:
+    run, folder = run_bench("fast", tmp_path, blocks=1)
+    assert run.id == folder.name
+    _, folder = run_compare("fast slow", tmp_path, Protocol(pairs=1))
+    assert arm(folder, "slow").id == f"{folder.name}/arms/slow"
+
+
+def test_results_keep_no_path_that_was_typed_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own, text = tmp_path / "here" / "own.yaml", tmp_path.parent / "elsewhere.txt"
+    own.parent.mkdir()
+    own.write_text(f"{{version: 1, calibration: {{text: {text}}}, speculative: {{draft: prompt_lookup}}}}", encoding="utf-8")
+    settings = Settings(quality=QualitySettings(text=str(text), prompts_file=str(own), choices_file="as/typed.jsonl"))
+    spec = arms.spec(str(tmp_path / "here" / "fast"), str(own))
+    run, _ = run_bench(spec, Path("results"), settings, blocks=1)
+    assert run.arm.model == "here/fast"
+    assert run.arm.recipe["calibration"]["text"] == "elsewhere.txt"
+    kept = run.settings["quality"]
+    assert (kept["text"], kept["prompts_file"], kept["choices_file"]) == ("elsewhere.txt", "here/own.yaml", "as/typed.jsonl")
+
+
 # --- One arm ---------------------------------------------------------------------------------------------------------
 
 
@@ -333,7 +387,8 @@ def test_a_bench_is_a_complete_run(tmp_path: Path, scripted: Counter[str]) -> No
     assert run.figures["goodput_share"].value == 1.0
     assert run.figures["usd_per_mtok_output"].value == pytest.approx(3.6 / 3600 * 1e6 * 0.015, rel=0.01)
     assert run.figures["host_rss_peak_bytes"].value == 1000
-    assert run.limits == {"scripted": True}
+    assert run.limits["weights_touched_bytes"] == 100
+    assert run.figures["kv_bytes"].value == (8 + 5) * 2 * 4
     assert run.settings["options"]["seed"] == 0
     assert scripted == {"preparing": 1, "slow": 1}
     assert sorted(path.name for path in folder.iterdir()) == ["report.md", "run.json", "samples.jsonl"]

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from infopt import needs
+from infopt import demo, doctor, needs
+from infopt.cli import app
 from infopt.needs import Needs, missing_need
 
 
@@ -82,6 +84,41 @@ def test_cuda_is_asked_of_torch_only_where_a_driver_is(monkeypatch: pytest.Monke
     assert "CUDA" in found.message
     monkeypatch.setattr(needs, "has_cuda", lambda: True)
     assert missing_need(Needs(cuda=True)) is None
+
+
+@pytest.mark.parametrize(("device", "is_there", "lacks"), [
+    ("auto", True, True), ("auto", False, False), ("cuda", True, True), ("cuda:1", True, True), ("cpu", True, False),
+])  # fmt: skip
+def test_cpu_only_is_about_the_device_asked_for(
+    monkeypatch: pytest.MonkeyPatch, device: str, is_there: bool, lacks: bool
+) -> None:
+    monkeypatch.setattr(needs, "has_cuda", lambda: is_there)
+    found = missing_need(Needs(cpu=True), device)
+    assert (found is not None) == lacks
+    assert found is None or (found.message, "--device cpu" in found.hint) == ("runs on the CPU only", True)
+
+
+def test_a_gpu_that_is_there_does_not_help_a_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "has_cuda", lambda: True)
+    assert "the CPU was asked for" in str(missing_need(Needs(cuda=True), "cpu"))
+
+
+def test_doctor_and_recipes_check_say_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "has_cuda", lambda: True)
+    (line,) = [each for each in doctor._recipes() if each.name == "recipe int8_naive"]
+    assert line.text == "runs on the CPU only"
+    found = CliRunner().invoke(app, ["recipes", "check", "int8_naive"])
+    assert found.exit_code == 2
+    assert "steps[0].int8_naive: runs on the CPU only" in found.stderr
+    assert CliRunner().invoke(app, ["recipes", "check", "int8_naive", "--device", "cpu"]).exit_code == 0
+
+
+def test_the_demo_goes_on_without_an_arm_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "has_cuda", lambda: True)
+    specs, lines = demo.arms("auto")
+    assert lines == ["int8_naive is left out: runs on the CPU only"]
+    assert [spec.label for spec in specs] == ["baseline", "int8", "nf4", "int4_lookup"]
+    assert len(demo.arms("cpu")[0]) == 5
 
 
 def test_has_cuda_imports_no_torch_on_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_the_card_tells_what_was_checked(made: tuple[Path, Artifact, list[str]])
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "# tiny, random weights, seed 0, optimized by `own`" in card
     assert "steps: rtn" in card
-    assert card.count("- loaded back:") == len(document.load_back)
+    assert card.count("- loaded back by ") == len(document.load_back)
     assert "no file format" not in card
 
 

@@ -46,7 +46,7 @@ def test_an_empty_recipe_changes_nothing_and_has_every_default() -> None:
         "sampling": {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "candidates": 1},
         "cache": {"kind": "dynamic", "dtype": "auto", "prefix": False},
         "engine": {"name": "transformers", "dtype": "auto", "compile": "never", "attention": "auto"},
-        "calibration": {"text": "bundled", "samples": 128, "tokens": 512, "seed": 0},
+        "calibration": {"text": "bundled", "samples": 128, "tokens": 256, "seed": 0},
         "gates": {},
     }
 
@@ -124,7 +124,7 @@ REFUSED = {
     "{version: 1, speculative: {tokens: 3}}": ("speculative.draft", "is missing", ""),
     "{version: 1, speculative: {draft: model}}": ("speculative.draft", 'found "model"', "prompt_lookup"),
     "{version: 1, calibration: {samples: 0, tokens: 1}}": ("calibration.samples", "found 0", "(and 1 more)"),
-    "{version: 1, gates: [a]}": ("gates", "found ['a']", "figures with their conditions"),
+    "{version: 1, gates: [a]}": ("gates", 'found ["a"]', "figures with their conditions"),
     "{version: 1, gates: {tpot_s.p51: {max: 1}}}": ("gates.tpot_s.p51", "unknown figure", "did you mean 'tpot_s.p"),
     "{version: 1, gates: {tpot_s: {max: 1}}}": ("gates.tpot_s", "one value per request", "statistic"),
     "{version: 1, gates: {ppl_ratio: {mx: 1}}}": ("gates.ppl_ratio.mx", "unknown condition 'mx'", "did you mean 'max'?"),

@@ -69,6 +69,23 @@ def test_set_overrides_what_is_extended_and_the_last_one_wins(tmp_path: Path, ba
     assert load(own, "steps=").steps == ()
 
 
+def test_null_takes_a_gate_away(tmp_path: Path) -> None:
+    two = write(tmp_path / "two.yaml", "{version: 1, gates: {tpot_s.p50: {max_regress: 3%, max: 1}, ppl_ratio: {max: 1.1}}}")
+
+    def left(*overrides: str) -> set[tuple[str, str]]:
+        return {(gate.figure, gate.condition) for gate in load(two, *overrides).gates}
+
+    assert left("gates.ppl_ratio=null") == {("tpot_s.p50", "max_regress"), ("tpot_s.p50", "max")}
+    assert left("gates.tpot_s.p50=null") == {("ppl_ratio", "max")}
+    assert left("gates.tpot_s.p50.max=null") == {("tpot_s.p50", "max_regress"), ("ppl_ratio", "max")}
+    assert left("gates.ppl_ratio.max=") == left("gates.ppl_ratio=null")
+    assert left("gates.tpot_s.p50={max: 2}") == {("tpot_s.p50", "max"), ("ppl_ratio", "max")}
+    assert left("gates=null") == set()
+    for path in ("gates.kld.mean", "gates.ppl_ratio.min", "gates.tpot_s"):
+        with pytest.raises(InputError, match="unknown gate"):
+            left(f"{path}=null")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

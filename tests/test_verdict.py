@@ -228,8 +228,8 @@ def test_a_point_without_a_baseline_is_undecided() -> None:
         (0.02, 0.01, 0.03, PASS),
         (0.04, 0.03, 0.06, INCONCLUSIVE),
         (0.06, 0.051, 0.07, FAIL),
-        (0.05, None, None, PASS),
-        (0.0501, None, None, FAIL),
+        (0.049, None, None, INCONCLUSIVE),
+        (0.051, None, None, INCONCLUSIVE),
         (None, None, None, INCONCLUSIVE),
     ],
 )
@@ -242,6 +242,21 @@ def test_a_quality_limit(value: float | None, low: float | None, high: float | N
         assert mirrored.verdict is verdict
 
 
+@pytest.mark.parametrize(("value", "verdict"), [
+    (0.0, PASS), (0.025, PASS), (0.026, INCONCLUSIVE), (0.05, INCONCLUSIVE), (0.099, INCONCLUSIVE), (0.1, FAIL),
+])  # fmt: skip
+@pytest.mark.parametrize("key", ["kld.mean", "kld.p99", "kld.max"])
+def test_quality_without_an_interval_is_decided_only_far_from_its_limit(key: str, value: float, verdict: Verdict) -> None:
+    found = judge_absolute(key, value, None, None, gate("max", 0.05, key))
+    assert found.verdict is verdict
+    assert ("no interval" in str(found.note)) == (verdict is INCONCLUSIVE)
+
+
+def test_bytes_are_exact() -> None:
+    assert judge_absolute("weights_bytes", 99.0, None, None, gate("max", 100, "weights_bytes")).verdict is PASS
+    assert judge_absolute("weights_bytes", 101.0, None, None, gate("max", 100, "weights_bytes")).verdict is FAIL
+
+
 def test_a_null_figure_is_inconclusive_with_its_reason() -> None:
     result = judge_absolute("kld.mean", None, None, None, gate("max", 0.05, "kld.mean"), reason="no reference was loaded")
     assert (result.verdict, result.note) == (INCONCLUSIVE, "no reference was loaded")
@@ -250,7 +265,6 @@ def test_a_null_figure_is_inconclusive_with_its_reason() -> None:
 def test_quality_without_a_gate_has_nothing_to_decide() -> None:
     result = judge_absolute("kld.mean", 0.3, 0.2, 0.4, None)
     assert (result.verdict, result.candidate, result.low, result.high) == (None, 0.3, 0.2, 0.4)
-    assert judge_point("kld.mean", 0.0, 0.3).verdict is None
 
 
 def test_the_interval_of_a_limit_widens_with_the_level() -> None:
@@ -262,12 +276,24 @@ def test_the_interval_of_a_limit_widens_with_the_level() -> None:
     assert usual.p == pytest.approx(0.0294, rel=0.01), "0.05 lies 1.96 · 0.010/0.009 standard errors away"
 
 
-@pytest.mark.parametrize(("value", "verdict"), [(0.98, PASS), (0.97, FAIL)])
+@pytest.mark.parametrize(("value", "verdict"), [(0.99, PASS), (0.98, INCONCLUSIVE), (0.97, FAIL)])
 def test_a_drop_from_an_exact_baseline(value: float, verdict: Verdict) -> None:
-    result = judge_point("top1_agreement", 1.0, value, gate("max_drop", 0.02, "top1_agreement"))
+    declared = gate("max_drop", 0.02, "top1_agreement")
+    result = judge_absolute("top1_agreement", value, value - 0.005, value + 0.005, declared, baseline=1.0)
     assert (result.verdict, result.comparison, result.tau) == (verdict, "difference", 0.02)
     assert result.effect == pytest.approx(value - 1)
-    assert judge_point("top1_agreement", None, value, gate("max_drop", 0.02, "top1_agreement")).verdict is INCONCLUSIVE
+    assert judge_absolute("top1_agreement", value, 0.9, 1.0, declared).verdict is INCONCLUSIVE
+
+
+def test_a_verdict_that_is_clear_asks_for_no_more_pairs() -> None:
+    """Bursts of noise: the machine cannot see 0.1 %, and need not."""
+    generator = np.random.default_rng(0)
+    base = (0.01 * np.exp(generator.normal(0, 0.02, 10))).tolist()
+    for factor, verdict in ((0.5, IMPROVED), (2.0, FAIL), (1.0, INCONCLUSIVE)):
+        other = (factor * 0.01 * np.exp(generator.normal(0, 0.02, 10))).tolist()
+        found = judge_paired("tpot_s.p50", base, other, gate("max_regress", 0.001))
+        assert found.verdict is verdict
+        assert (found.note is None) == (verdict is not INCONCLUSIVE)
 
 
 # --- Accuracy --------------------------------------------------------------------------------------------------------

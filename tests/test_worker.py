@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from infopt import arms, worker
+from infopt import arms, assess, worker
 from infopt.errors import InputError
+from infopt.model import load, reference
 from infopt.settings import LoadOptions, QualitySettings, WorkloadSpec
 
 OPTIONS = asdict(LoadOptions(device="cpu"))
@@ -71,11 +72,10 @@ def test_an_arm_is_opened_measured_and_finished(ask: Ask) -> None:
     samples, taken = block(ask)
     assert [sample["warmup"] for sample in samples] == [True, False, False]
     assert taken["wall_s"] > 0
-    (answer,) = ask("finish", machine=facts["machine"])
-    assert answer["value"]["figures"]["kv_bytes"]["value"] == 11 * 2 * 2 * 2 * 16 * 4
-    mfu = answer["value"]["figures"]["mfu"]  # null, with the reason, where a busy machine's peak came out too low
-    assert (mfu["value"] is None) == (mfu["reason"] is not None)
-    assert mfu["value"] is None or 0 < mfu["value"] <= 1
+    (answer,) = ask("finish")
+    assert answer["value"]["figures"]["host_rss_peak_bytes"]["value"] > 0
+    traffic = facts["traffic"]
+    assert (traffic["weights_bytes"], traffic["kv_element_bytes"], traffic["dtype"]) == (94528 * 4, 4, "float32")
 
 
 def test_a_peak_measured_before_is_not_measured_again(ask: Ask) -> None:
@@ -98,8 +98,9 @@ def test_weights_that_no_file_holds_are_counted_as_they_are_run(ask: Ask) -> Non
     figures = facts["figures"]
     assert figures["weights_bytes"]["value"] == 94528 * 4
     assert figures["resident_weights_bytes"]["value"] < 0.7 * figures["weights_bytes"]["value"]
+    assert facts["traffic"]["dtype"] == "int8", "what it multiplies in"
     block(ask)
-    assert ask("finish", machine=facts["machine"])[-1]["event"] == "answer"
+    assert ask("finish")[-1]["event"] == "answer"
 
 
 def test_an_arm_that_leaves_the_weights_alone_is_ready(ask: Ask) -> None:
@@ -121,7 +122,7 @@ def test_only_the_tiers_that_were_asked_for(ask: Ask) -> None:
         events = ask("assess", reference=arm("tiny"), candidates=candidates, options=OPTIONS, settings=asdict(settings))
         (found,) = [event for event in events if event["event"] == "quality"]
         assert found["label"] == "static_cache"
-        assert set(found["quality"]) == {"figures", "reference", *tiers}
+        assert set(found["quality"]) == {"figures", "failed", "reference", "reference_hash", "reference_way", *tiers}
         assert bool(found["quality"]["figures"]) == bool(tiers)
 
 
@@ -132,7 +133,7 @@ def test_the_users_files_take_the_place_of_the_bundled_ones(ask: Ask, tmp_path: 
     settings = QualitySettings(fidelity_tokens=64, choice_items=0, behaviour_prompts=1, text=str(text), prompts_file=str(checks))
     events = ask("assess", reference=arm("tiny"), candidates=[arm("tiny")], options=OPTIONS, settings=asdict(settings))
     (found,) = [event["quality"] for event in events if event["event"] == "quality"]
-    assert found["fidelity"]["text"] == str(text)
+    assert found["fidelity"]["text"] == "text.txt"
     assert found["figures"]["kld.mean"]["value"] == pytest.approx(0, abs=1e-9)
     assert (found["behaviour"]["checked"], found["behaviour"]["same"]) == (1, 1)
 
@@ -150,8 +151,83 @@ def test_text_that_an_arm_was_calibrated_on_does_not_judge_it(ask: Ask, tmp_path
     settings = QualitySettings(fidelity_tokens=64, choice_items=0, behaviour_prompts=0)
     asked = {"reference": arm("tiny"), "candidates": [ready], "options": OPTIONS}
     assert ask("assess", **asked, settings=asdict(settings))[-1]["event"] == "answer"
-    found = error(ask("assess", **asked, settings=asdict(replace(settings, text=str(text)))))
-    assert "calibration and evaluation text share" in found["message"]
+    own = asdict(replace(settings, text=str(text)))
+    assert "calibration and evaluation text share" in error(ask("check_quality", **asked, settings=own))["message"]
+    *_, event, answer = ask("assess", **asked, settings=own)
+    assert answer["event"] == "answer"
+    assert "calibration and evaluation text share" in event["quality"]["failed"]["fidelity"]
+
+
+def other_vocabulary(folder: Path) -> str:
+    """A tiny model of another vocabulary, saved."""
+    from infopt.model import save, tiny
+    from infopt.model.bundle import Bundle
+
+    model, tokenizer = tiny.make()
+    model.resize_token_embeddings(model.config.vocab_size + 3)  # type: ignore[attr-defined]
+    save.save(Bundle(model, tokenizer, "other"), folder)
+    return str(folder)
+
+
+def test_quality_that_cannot_be_judged_is_refused_before_any_weight_is_read(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infopt.pipeline.open_arm", lambda *arguments: pytest.fail("a model was opened"))
+    empty, long = tmp_path / "one.txt", tmp_path / "long.jsonl"
+    empty.write_text("x", encoding="utf-8")
+    long.write_text(json.dumps({"prompt": "word " * 2000}) + "\n", encoding="utf-8")
+    items = tmp_path / "items.jsonl"
+    items.write_text(json.dumps({"question": "word " * 2000, "choices": ["a", "b"], "answer": 0}) + "\n", encoding="utf-8")
+    default = QualitySettings(choice_items=2, behaviour_prompts=2)
+    other = other_vocabulary(tmp_path / "other")
+    assert ask("check_quality", reference=arm("tiny"), candidates=[arm("tiny")], options=OPTIONS, settings=asdict(default)) == [
+        {"event": "answer", "value": None}
+    ]
+    for model, settings, message in (
+        (other, default, "vocabularies differ"),
+        ("tiny", replace(default, text=str(empty)), "a window needs 2 tokens"),
+        ("tiny", replace(default, prompts_file=str(long)), "the model's context is"),
+        ("tiny", replace(default, choices_file=str(items)), "the model's context is"),
+    ):
+        asked = {"reference": arm("tiny"), "candidates": [arm(model)], "options": OPTIONS, "settings": asdict(settings)}
+        found = error(ask("check_quality", **asked))
+        assert (found["kind"], message in found["message"]) == ("InputError", True), found
+        assert found["hint"]
+
+
+def test_windows_are_as_long_as_text_and_context_allow() -> None:
+    settings = QualitySettings(fidelity_tokens=1024)
+    for tokens, contexts, length, count in ((5000, (), 512, 2), (100, (0,), 100, 1), (5000, (128, 0, 256), 128, 8)):
+        windows = assess._windows(range(tokens), settings, *contexts)
+        assert (len(windows[0]), len(windows)) == (length, count)
+
+
+def test_a_tier_that_fails_leaves_the_others(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **named: Any) -> Any:
+        raise RuntimeError("out of\nluck")
+
+    settings = asdict(QualitySettings(fidelity_tokens=64, choice_items=2, behaviour_prompts=1))
+    asked = {"reference": arm("tiny"), "candidates": [arm("tiny")], "options": OPTIONS, "settings": settings}
+    monkeypatch.setattr("infopt.quality.tasks.score_choices", fail)
+    *_, event, answer = ask("assess", **asked)
+    assert answer["event"] == "answer"
+    quality = event["quality"]
+    assert quality["failed"] == {"tasks": "RuntimeError: out of"}
+    assert quality["figures"]["mc.accuracy"]["value"] is None
+    assert quality["figures"]["mc.accuracy"]["reason"] == "RuntimeError: out of"
+    assert quality["figures"]["kld.mean"]["value"] == pytest.approx(0, abs=1e-9)
+    assert "tasks" not in quality
+    opened: list[str] = []
+
+    def once(spec: Any, *rest: Any) -> Any:
+        opened.append(spec.label)
+        return fail() if len(opened) > 1 else load.load(reference.parse("tiny"))
+
+    monkeypatch.setattr("infopt.pipeline.open_arm", once)
+    *_, event, answer = ask("assess", **asked)
+    assert answer["event"] == "answer"
+    assert set(event["quality"]["failed"]) == {"fidelity", "behaviour", "tasks"}
+    assert len(opened) == 2
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
@@ -161,6 +237,15 @@ def test_a_workload_that_does_not_fit_the_context_is_refused(ask: Ask) -> None:
     for shape in (WorkloadSpec(prompt_tokens=100_000, new_tokens=1), WorkloadSpec(prompt_tokens=8, new_tokens=100_000)):
         found = error(ask("open", arm=arm("tiny"), options=OPTIONS, workload=asdict(shape), machine=MACHINE))
         assert (found["kind"], "context" in found["message"]) == ("InputError", True)
+
+
+def test_the_shapes_of_a_sweep_are_checked_before_the_first_is_measured(ask: Ask) -> None:
+    def check(model: dict[str, Any], *shapes: WorkloadSpec) -> list[dict[str, Any]]:
+        return ask("check", arm=model, options=OPTIONS, workloads=[asdict(shape) for shape in shapes])
+
+    assert check(arm("tiny"), SHAPE, replace(SHAPE, batch=4))[-1]["event"] == "answer"
+    assert "context" in error(check(arm("tiny"), SHAPE, replace(SHAPE, prompt_tokens=100_000)))["message"]
+    assert error(check(arm("tiny", "prompt_lookup"), SHAPE, replace(SHAPE, batch=4)))["hint"] == "use batch 1"
 
 
 def test_a_batch_that_speculation_cannot_run_is_refused_when_the_arm_opens(ask: Ask) -> None:

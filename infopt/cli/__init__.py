@@ -9,8 +9,11 @@ import typer
 
 from infopt.cli.bench import bench
 from infopt.cli.compare import compare
+from infopt.cli.data import app as data
 from infopt.cli.demo import demo
 from infopt.cli.doctor import doctor
+from infopt.cli.env import app as env
+from infopt.cli.export import export
 from infopt.cli.generate import generate
 from infopt.cli.inspect import inspect
 from infopt.cli.models import app as models
@@ -28,9 +31,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.callback()(version)
-for command in (demo, optimize, bench, compare, inspect, generate, doctor):
+for command in (demo, optimize, bench, compare, inspect, generate, export, doctor):
     app.command()(command)
-for name, group in (("models", models), ("recipes", recipes), ("results", results)):
+for name, group in (("data", data), ("env", env), ("models", models), ("recipes", recipes), ("results", results)):
     app.add_typer(group, name=name)
 
 

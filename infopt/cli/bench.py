@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from infopt.cli.shell import (
+    AllowLeakage,
     AsJson,
     Device,
     DType,
@@ -23,10 +24,12 @@ from infopt.cli.shell import (
     Verbose,
     console,
     reporting,
+    tell_github,
 )  # fmt: skip
 
 
 def bench(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model reference, or an artifact of `infopt optimize`.")],
     recipe: Recipe = None,
     overrides: Set = None,
@@ -37,6 +40,9 @@ def bench(
     workload: Annotated[
         Path | None, typer.Option("--workload", "-w", help="A JSONL of prompts instead of a fixed shape.")
     ] = None,
+    stop_at_eos: Annotated[
+        bool, typer.Option("--stop-at-eos", help="Answers of a prompts file may end early, at the end token (batch 1).")
+    ] = False,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks, each with its own prompts.")] = 5,
     slo: Annotated[list[str] | None, typer.Option("--slo", help="Objective for goodput: ttft_s=0.5 (repeat).")] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="Your price in dollars, for cost per million tokens.")] = None,
@@ -53,6 +59,7 @@ def bench(
     seed: Seed = 0,
     revision: Revision = None,
     trust: Trust = False,
+    allow_leakage: AllowLeakage = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -62,10 +69,12 @@ def bench(
 
     spec = arms.spec(model, recipe, overrides or (), dtype)  # first: what is refused is refused at once
     from infopt.bench import bench as measure
-    from infopt.cli.workload import check_price, objectives, quality_settings, workloads
+    from infopt.bench import check_workloads
+    from infopt.cli.workload import check_price, objectives, quality_settings, refuse_idle, workloads
     from infopt.settings import LoadOptions, Settings
 
-    shapes = workloads(prompt, new, batch, requests, workload)
+    refuse_idle(context, has_quality=quality, has_price=price_per_hour is not None, has_prompts_file=workload is not None)
+    shapes = workloads(prompt, new, batch, requests, workload, stop_at_eos)
     check_price(price_per_hour, utilisation)
     settings = Settings(
         price_per_hour=price_per_hour,
@@ -73,12 +82,13 @@ def bench(
         objectives=objectives(slo or ()),
         quality=quality_settings(text, checks, tasks) if quality else None,
     )
-    options = LoadOptions(device, dtype, threads, seed, revision, trust)
+    options = LoadOptions(device, threads, seed, revision, trust, allow_leakage)
     from infopt.report.console import print_run
-    from infopt.report.github import write as write_github
 
     runs = []
     with reporting(quiet, verbose) as progress:
+        if len(shapes) > 1:
+            check_workloads(spec, shapes, options, progress)
         for number, shape in enumerate(shapes):
             # Quality does not depend on the shape: once is enough.
             chosen = settings if number == 0 else replace(settings, quality=None)
@@ -86,7 +96,7 @@ def bench(
                 measure(spec, shape, options, chosen, blocks=blocks, results=results, self_test=self_test, progress=progress)
             )
     for run, folder in runs:
-        write_github(run, folder)
+        tell_github(run, folder)
     if as_json:
         from infopt.cli.workload import one_document
 

@@ -26,9 +26,12 @@ def demo(
     from infopt.errors import Exit
     from infopt.settings import LoadOptions
 
+    specs, left_out = use_case.arms(device)
+    for line in left_out:
+        typer.echo(line, err=True)
     with reporting(quiet, verbose) as progress:
         document, folder = use_case.demo(
-            LoadOptions(device=device, threads=threads, seed=seed), results=results, progress=progress
+            specs, LoadOptions(device=device, threads=threads, seed=seed), results=results, progress=progress
         )
     # A failed gate is what the demo is there to show; a broken arm is not.
     lesson = document.exit_code == Exit.GATE_FAILED and not strict_gates

@@ -38,7 +38,7 @@ def generate(
     specs = arms.parse(texts, overrides, dtype)
     from infopt import generate as use_case
 
-    options = LoadOptions(device, dtype, threads, seed, revision, trust)
+    options = LoadOptions(device, threads, seed, revision, trust)
     with reporting(quiet, verbose) as progress:
         answers = [use_case.generate(spec, prompt, options, tokens=tokens, is_raw=raw, progress=progress) for spec in specs]
     if as_json:

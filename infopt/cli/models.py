@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from infopt.cli.shell import agreed
 from infopt.errors import InputError
 from infopt.units import ABSENT, size
 
@@ -20,8 +21,8 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _print(document: Any) -> None:
-    typer.echo(json.dumps(document, indent=2, default=str, ensure_ascii=False))
+def _print(**content: Any) -> None:
+    typer.echo(json.dumps({"schema_version": 1, **content}, indent=2, default=str, ensure_ascii=False))
 
 
 @app.command()
@@ -42,7 +43,7 @@ def fetch(
         trust_remote_code=trust_remote_code,
         progress=lambda line: typer.echo(line, err=True),
     )
-    _print(asdict(entry)) if as_json else typer.echo(f"{entry.name}: {size(entry.bytes)} in {entry.path}")
+    _print(**asdict(entry)) if as_json else typer.echo(f"{entry.name}: {size(entry.bytes)} in {entry.path}")
 
 
 @app.command("list")
@@ -52,7 +53,7 @@ def list_models(as_json: Json = False) -> None:
 
     entries = models.cached()
     if as_json:
-        return _print([asdict(entry) for entry in entries])
+        return _print(models=[asdict(entry) for entry in entries])
     width = max((len(entry.name) for entry in entries), default=0)
     for entry in entries:
         typer.echo(f"{entry.name:{width}}  {size(entry.bytes):>8}  {entry.place:6}  {entry.path}")
@@ -67,7 +68,7 @@ def show(model: Reference, revision: Revision = None, trust_remote_code: Trust =
 
     shown = models.show(model, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:
-        return _print(asdict(shown))
+        return _print(**asdict(shown))
     facts = {
         "model": shown.description,
         "kind": shown.kind,
@@ -93,19 +94,10 @@ def remove(
     """Remove a model from infopt's cache."""
     from infopt import models
 
-    if not yes and not _agreed(f"Remove {name} from the cache?"):
+    if not yes and not agreed(f"Remove {name} from the cache?"):
         raise InputError(f"{name}: kept", hint="--yes removes without asking")
     removed = models.remove(name)
     if as_json:
-        return _print([asdict(entry) for entry in removed])
+        return _print(removed=[asdict(entry) for entry in removed])
     for entry in removed:
         typer.echo(f"removed {entry.path} ({size(entry.bytes)})")
-
-
-def _agreed(question: str) -> bool:
-    """Whether the user says yes; nobody there to ask is a no."""
-    try:
-        return typer.confirm(question, err=True)
-    except typer.Abort:
-        typer.echo(err=True)
-        return False

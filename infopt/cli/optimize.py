@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infopt.cli.shell import AsJson, Device, DType, Quiet, Recipe, Revision, Seed, Set, Threads, Trust, Verbose, reporting
+from infopt.cli.shell import (
+    AllowLeakage,
+    AsJson,
+    Device,
+    DType,
+    Quiet,
+    Recipe,
+    Revision,
+    Seed,
+    Set,
+    Threads,
+    Trust,
+    Verbose,
+    reporting,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from infopt.artifact import StepRecord
@@ -26,6 +40,7 @@ def optimize(
     seed: Seed = 0,
     revision: Revision = None,
     trust: Trust = False,
+    allow_leakage: AllowLeakage = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
@@ -39,7 +54,7 @@ def optimize(
         raise InputError("optimize needs a recipe", hint="infopt recipes list, then -r NAME")
     spec = arms.spec(model, recipe, overrides or (), dtype)
     target = out or Path(arms.file_name(f"{model}-{spec.recipe.name}"))
-    options = LoadOptions(device, dtype, threads, seed, revision, trust)
+    options = LoadOptions(device, threads, seed, revision, trust, allow_leakage)
     from infopt import optimize as use_case
 
     if dry_run:
@@ -60,6 +75,11 @@ def optimize(
     check = made.load_back[-1]
     typer.echo(f"stored weights: {units.size(made.bytes_before)} → {units.size(made.bytes_after)}")
     typer.echo(f"loaded back: logits within {units.significant(check.max_abs_logit_difference)} on {check.tokens} tokens")
+    for refused in made.load_back:
+        if refused.refusal:
+            typer.echo(f"warning: {refused.reader} does not read it: {refused.refusal}")
+    for leak in made.leaks:
+        typer.echo(f"warning: {leak}; infopt judges by it unless it is given other data")
     typer.echo(f"artifact: {target}")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from infopt.cli.shell import AsJson, Set
+from infopt.cli.shell import AsJson, Device, Set
 
 app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
 
@@ -39,7 +39,9 @@ def show(name: Name, resolved: Annotated[bool, typer.Option(help="With every def
 
 
 @app.command()
-def check(names: Annotated[list[str], typer.Argument(help="Recipe files or names.")], overrides: Set = None) -> None:
+def check(
+    names: Annotated[list[str], typer.Argument(help="Recipe files or names.")], overrides: Set = None, device: Device = "auto"
+) -> None:
     """Check recipes: grammar, techniques, options, gates, and what they need of this machine."""
     from infopt import arms, techniques
     from infopt.errors import MissingNeedError
@@ -48,7 +50,7 @@ def check(names: Annotated[list[str], typer.Argument(help="Recipe files or names
     for name in names:
         found = arms.load_recipe(name, overrides or ())
         for index, step in enumerate(found.steps):
-            lacking = missing_need(techniques.find(step.name)(step.options).needs)
+            lacking = missing_need(techniques.find(step.name)(step.options).needs, device)
             if lacking:
                 raise MissingNeedError(f"{name}: {found.place(index)}: {lacking.message}", hint=lacking.hint)
         typer.echo(f"{name}: ok")

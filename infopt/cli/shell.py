@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from infopt.errors import Exit, InfoptError, Terminated
+from infopt.errors import Exit, InfoptError, InputError, Terminated
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from infopt.comparison import Comparison
     from infopt.protocols import Progress
+    from infopt.result import Run
 
 
 class Shell(TyperGroup):
@@ -36,7 +38,9 @@ class Shell(TyperGroup):
             raise typer.Exit(int(error.exit_code)) from None
         except KeyboardInterrupt as error:
             terminated = isinstance(error, Terminated)
-            fail("terminated" if terminated else "interrupted", "samples measured so far are in the results folder")
+            is_measuring = ctx.invoked_subcommand in ("bench", "compare", "demo")
+            hint = "what was measured before is in the results folder, marked incomplete" if is_measuring else None
+            fail("terminated" if terminated else "interrupted", hint)
             raise typer.Exit(int(Exit.TERMINATED if terminated else Exit.INTERRUPTED)) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader left, as `| head` does
@@ -91,6 +95,8 @@ def version(
 @contextmanager
 def reporting(quiet: bool, verbose: bool) -> Iterator[Progress]:
     """Progress on stderr: one moving line on a terminal, a line each with -v, nothing with -q or in a pipe."""
+    if quiet and verbose:
+        raise InputError("--verbose has no effect beside --quiet", hint="leave one of them out")
     if quiet:
         yield lambda line: None
         return
@@ -103,6 +109,15 @@ def reporting(quiet: bool, verbose: bool) -> Iterator[Progress]:
         yield lambda line: status.update(line.replace("[", r"\["))
 
 
+def agreed(question: str) -> bool:
+    """Whether the user says yes; nobody there to ask is a no."""
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:
+        typer.echo(err=True)
+        return False
+
+
 def console() -> Console:
     """Where tables go: stdout. NO_COLOR drops bold and dim text too; CI and pipes get plain text 120 columns wide."""
     from rich.console import Console
@@ -113,6 +128,16 @@ def console() -> Console:
     return Console(color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
+def tell_github(found: Run | Comparison, folder: Path | None) -> None:
+    """The step summary and outputs, where a workflow asks for them; one that cannot be written costs no verdict."""
+    from infopt.report.github import write
+
+    try:
+        write(found, folder)
+    except OSError as error:
+        typer.echo(f"warning: {error.filename}: {error.strerror}; the workflow's summary lacks this result", err=True)
+
+
 Recipe = Annotated[str | None, typer.Option("--recipe", "-r", help="A recipe file, or a shipped recipe's name.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override one key: steps.0.nf4.double_quant=true")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -121,6 +146,9 @@ Threads = Annotated[int | None, typer.Option(min=1, max=os.cpu_count(), help="CP
 Seed = Annotated[int, typer.Option(help="Seed of prompts, order and calibration.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model's authors ship.")]
+AllowLeakage = Annotated[
+    bool, typer.Option("--allow-leakage", help="Judge on what calibration has seen, and say so, instead of refusing.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line per step of progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Exactly one JSON document on stdout.")]

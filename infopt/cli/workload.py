@@ -13,6 +13,8 @@ from infopt.errors import InputError
 from infopt.settings import QualitySettings, WorkloadSpec
 
 if TYPE_CHECKING:
+    import typer
+
     from infopt.result import Record
 
 
@@ -27,10 +29,33 @@ def counts(text: str, flag: str) -> tuple[int, ...]:
     return found
 
 
-def workloads(prompt: str, new: int, batch: str, requests: int, prompts_file: Path | None) -> tuple[WorkloadSpec, ...]:
+def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raises InputError for the first of these parameters that was typed: a flag is never ignored in silence."""
+    flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"{flags[name]} {why}", hint="leave one of them out")
+
+
+def refuse_idle(context: typer.Context, *, has_quality: bool, has_price: bool, has_prompts_file: bool) -> None:
+    """Refuses flags that would have no effect beside, or without, another one. Raises InputError."""
+    if not has_quality:
+        refuse(context, ("text", "checks", "tasks"), "has no effect beside --no-quality")
+    if not has_price:
+        refuse(context, ("utilisation",), "has no effect without --price-per-hour")
+    if has_prompts_file:
+        refuse(context, ("prompt", "requests"), "has no effect beside --workload, whose file holds the prompts")
+    else:
+        refuse(context, ("stop_at_eos",), "has no effect without --workload: a fixed shape runs to its full length")
+
+
+def workloads(
+    prompt: str, new: int, batch: str, requests: int, prompts_file: Path | None, stop_at_eos: bool = False
+) -> tuple[WorkloadSpec, ...]:
     """Every prompt length with every batch size; or the prompts file, checked now."""
     batches = counts(batch, "--batch")
-    base = WorkloadSpec(new_tokens=new, requests=requests)
+    base = WorkloadSpec(new_tokens=new, requests=requests, ignore_eos=not stop_at_eos)
     if prompts_file is None:
         return tuple(replace(base, prompt_tokens=p, batch=b) for p in counts(prompt, "--prompt") for b in batches)
     from infopt.data.prompts import read_prompts

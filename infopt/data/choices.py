@@ -35,7 +35,9 @@ class Item:
 
 def read_choices(path: Path) -> tuple[Item, ...]:
     """The items of a file, in its order. Raises InputError with file and line for anything that is not an item."""
-    items = tuple(_item(row, path, number, where) for number, (where, row) in enumerate(read_rows(path, KEYS, _HINT), start=1))
+    items = tuple(
+        parse_item(row, path, number, where) for number, (where, row) in enumerate(read_rows(path, KEYS, _HINT), start=1)
+    )
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
@@ -50,7 +52,8 @@ def bundled_choices(limit: int | None = None) -> tuple[Item, ...]:
     return tuple(item for item in chain.from_iterable(zip_longest(*sets)) if item is not None)[:limit]
 
 
-def _item(row: dict[str, Any], path: Path, number: int, where: str) -> Item:
+def parse_item(row: dict[str, Any], path: Path, number: int, where: str) -> Item:
+    """The item in row `number`, whose keys were checked. Raises InputError."""
     question = want_text(row, "question", where)
     choices = row.get("choices")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):

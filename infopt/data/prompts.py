@@ -11,6 +11,7 @@ A row holds `prompt` or `messages`. Where the tokenizer has a chat template, a `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     rows: list[Prompt] = []
     first_seen: dict[str, str] = {}
     for number, (where, row) in enumerate(read_rows(path, KEYS, _HINT), start=1):
-        prompt = _prompt(row, f"row-{number}", where)
+        prompt = parse_prompt(row, f"row-{number}", where)
         if prompt.id in first_seen:
             raise InputError(f"{where}: the id {prompt.id!r} was used at {first_seen[prompt.id]}", hint="make ids unique")
         first_seen[prompt.id] = where
@@ -68,28 +69,30 @@ def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
     else:
         # Rendered to text first: what tokenize=True returns differs between transformers versions.
         messages = prompt.messages if prompt.text is None else (Message("user", prompt.text),)
-        rendered = _render(messages, tokenizer, prompt.where)
+        rendered = render(messages, tokenizer, prompt.where, is_open=True)
         ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
     if not len(ids):
         raise InputError(f"{prompt.where}: the prompt {prompt.id!r} has no tokens", hint="give a longer prompt")
     return tuple(int(token) for token in ids)
 
 
-def _render(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str, *, is_open: bool) -> str:
+    """The messages through the tokenizer's chat template; `is_open` asks for the assistant's turn next. Raises InputError."""
     if not tokenizer.chat_template:
         raise InputError(f"{where}: messages need a chat template and this tokenizer has none", hint='use "prompt" instead')
     from jinja2.exceptions import TemplateError
 
     chat = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=is_open))
     except TemplateError as error:
         raise InputError(
             f"{where}: the model's chat template refuses these messages: {error}", hint="change their roles"
         ) from None
 
 
-def _prompt(row: dict[str, Any], default_id: str, where: str) -> Prompt:
+def parse_prompt(row: dict[str, Any], default_id: str, where: str) -> Prompt:
+    """The prompt in a row whose keys were checked. Raises InputError."""
     if ("prompt" in row) == ("messages" in row):
         found = "both" if "prompt" in row else "neither"
         raise InputError(f"{where}: a row holds either prompt or messages; found {found}", hint=_HINT)
@@ -106,7 +109,7 @@ def _prompt(row: dict[str, Any], default_id: str, where: str) -> Prompt:
     return Prompt(
         id=want_text(row, "id", where) if "id" in row else default_id,
         text=want_text(row, "prompt", where) if "prompt" in row else None,
-        messages=_messages(row["messages"], where) if "messages" in row else (),
+        messages=_open_messages(row["messages"], where) if "messages" in row else (),
         is_raw=is_raw,
         max_tokens=max_tokens,
         expect=expect,
@@ -114,7 +117,8 @@ def _prompt(row: dict[str, Any], default_id: str, where: str) -> Prompt:
     )
 
 
-def _messages(value: Any, where: str) -> tuple[Message, ...]:
+def parse_messages(value: Any, where: str) -> tuple[Message, ...]:
+    """The messages of a chat. Raises InputError."""
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: messages is {kind(value)}; a list of messages is wanted", hint=_MESSAGES_HINT)
     messages = []
@@ -127,9 +131,14 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
         if role not in ROLES:
             raise InputError(f"{place}: {unknown('role', role, ROLES)}", hint=_MESSAGES_HINT)
         messages.append(Message(role, want_text(entry, "content", place)))
+    return tuple(messages)
+
+
+def _open_messages(value: Any, where: str) -> tuple[Message, ...]:
+    messages = parse_messages(value, where)
     if messages[-1].role == "assistant":
         raise InputError(f"{where}: the last message is the assistant's, so nothing is left to answer", hint=_MESSAGES_HINT)
-    return tuple(messages)
+    return messages
 
 
 _MESSAGES_HINT = 'e.g. "messages": [{"role": "user", "content": "Hello"}]'

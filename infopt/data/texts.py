@@ -1,15 +1,13 @@
 """Plain text for calibration and perplexity: two bundled, disjoint parts of the Jargon File, or the user's own file.
 
 A text becomes windows of equal length, each judged on its own, so figures do not depend on how many are taken at once.
-Calibration and evaluation text must not share passages: `require_disjoint` refuses any common run of 13 words, the length
-at which overlap counts as contamination in GPT-3's analysis (arXiv 2005.14165, appendix C).
+Calibration and evaluation text must not share passages, see `infopt.data.overlap`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,7 +16,6 @@ from infopt.data.jsonl import read_file
 from infopt.errors import InputError
 
 BUNDLED = Path(__file__).parent / "bundled"
-OVERLAP_WORDS = 13
 
 Part = Literal["calibration", "evaluation"]
 
@@ -54,23 +51,3 @@ def windows(ids: Sequence[int], length: int, limit: int | None = None, seed: int
     wanted = count if limit is None else min(limit, count)
     chosen = range(wanted) if seed is None else sorted(random.Random(seed).sample(range(count), wanted))
     return tuple(tuple(ids[i * length : (i + 1) * length]) for i in chosen)
-
-
-def shared_passages(first: str, second: str, words: int = OVERLAP_WORDS) -> list[str]:
-    """The runs of `words` words that both texts hold, lower-cased, without punctuation, in alphabetical order."""
-    return sorted(_runs(first, words) & _runs(second, words))
-
-
-def require_disjoint(calibration: str, evaluation: str) -> None:
-    """Raises InputError when the two texts share a run of 13 words."""
-    shared = shared_passages(calibration, evaluation)
-    if shared:
-        raise InputError(
-            f"calibration and evaluation text share {len(shared)} runs of {OVERLAP_WORDS} words, e.g. {shared[0]!r}",
-            hint="judge on text that the model was not calibrated on, e.g. `bundled`",
-        )
-
-
-def _runs(text: str, words: int) -> set[str]:
-    found = re.findall(r"\w+", text.lower())
-    return {" ".join(found[i : i + words]) for i in range(len(found) - words + 1)}

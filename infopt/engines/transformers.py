@@ -11,6 +11,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from infopt.errors import InputError
@@ -49,7 +50,6 @@ class TransformersEngine:
     ) -> None:
         self.model: Any = model  # `generate` comes from a mixin that its type does not show
         self.sampling = sampling or Sampling()
-        self.prefix_tokens_reused = 0
         self._cache_kind, self._prompt_lookup, self._compile, self._now = cache, prompt_lookup, compile, now
         _check_settings(model, self.sampling, cache, prefix, prompt_lookup)
         self._prefix = _PrefixCache(model) if prefix else None
@@ -80,7 +80,7 @@ class TransformersEngine:
             if self.sampling.temperature > 0:
                 stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
                 torch.manual_seed(first.seed)
-            cache, reused = self._prefix.take(first.prompt_ids) if self._prefix else (None, 0)
+            cache, reused = self._prefix.take(first.prompt_ids) if self._prefix else (None, None)
             if cache is not None and self._prompt_lookup:
                 stack.enter_context(_sliced_first_pass(self.model, cache))
             ids, mask = _left_pad([request.prompt_ids for request in requests], self._pad, device)
@@ -89,12 +89,11 @@ class TransformersEngine:
             )
         if self._prefix and cache is not None:
             self._prefix.keep(cache, output[0].tolist())
-            self.prefix_tokens_reused += reused
         if self._compile == "never":
             # Left alone, one long call would make the static cache of every later short call as long.
             self.model.__dict__.pop("_previous_max_cache_length", None)
         rows = output[:, ids.shape[1] :].tolist()
-        return self._trace(rows, first, streamer, timer.seconds(), drafts)
+        return replace(self._trace(rows, first, streamer, timer.seconds(), drafts), reused_tokens=reused)
 
     def close(self) -> None:
         """Gives the model and its caches up."""

@@ -1,7 +1,8 @@
-"""The integer grid that weights are rounded to, as arithmetic: bytes, allowed group sizes, chosen layers. Torch-free."""
+"""The grid that weights are rounded to, as arithmetic: bytes, allowed group sizes, chosen layers. Torch-free."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from infopt.errors import RecipeError, unknown
 from infopt.protocols import Machine, Prediction, Shapes
 
 ScaleDType = Literal["auto", "float32", "bfloat16", "float16"]
+Kind = Literal["int", "fp8", "mxfp4", "nvfp4"]
+Activations = Literal["none", "token", "group"]
 USUAL_GROUPS = (16, 32, 48, 64, 96, 128, 192, 256, 512)
 HEAD = "lm_head"
 #: Bytes moved per weight while one layer is rounded and packed, in float32 and int32; fitted to measured seconds.
@@ -26,24 +29,42 @@ LOAD_TRAFFIC_BYTES = 600
 class Grid:
     """`bits` per weight; one scale per `group_size` input features of a row, or per row when None (per channel).
 
-    Symmetric: q·scale, asymmetric: (q − zero)·scale. `scale_dtype` is what scales are rounded to and stored in; `auto`
-    is the model's dtype.
+    `kind`: int: q·scale, or (q − zero)·scale when not symmetric. fp8: E4M3 numbers times scale. mxfp4, nvfp4: E2M1 numbers
+    (0, ½, 1, 1½, 2, 3, 4, 6) times a power of two per 32, or times an E4M3 scale per 16 and one float32 per layer.
+    `scale_dtype` is what int and fp8 scales are rounded to and stored in; `auto` is the model's dtype.
+    `activations`: a layer's input is rounded to the same kind of numbers while it runs, with one scale per token (int at
+    8 bits, fp8) or per group (mxfp4).
     """
 
     bits: int
     group_size: int | None = None
     scale_dtype: ScaleDType = "auto"
     symmetric: bool = True
+    kind: Kind = "int"
+    activations: Activations = "none"
+
+    @property
+    def format(self) -> str:
+        """Of compressed-tensors: how the weight lies in the file."""
+        if self.kind == "int":
+            return "pack-quantized" if self.activations == "none" else "int-quantized"
+        return {"fp8": "float-quantized", "mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized"}[self.kind]
 
     def stored_bytes(self, shape: tuple[int, int], model_bytes: float) -> int:
-        """Bytes of one packed [out, in] weight with its scales and shape (two int64).
+        """Bytes of one stored [out, in] weight with its scales, zero points, and shape (two int64) where there is one.
 
-        `model_bytes`: bytes per element of the model's dtype. Words are int32, so rows round up.
+        `model_bytes`: bytes per element of the model's dtype. Packed words are int32, so rows round up.
         """
         out, inner = shape
         groups = inner // self.group_size if self.group_size else 1
         scale = model_bytes if self.scale_dtype == "auto" else (4 if self.scale_dtype == "float32" else 2)
-        words = out * math.ceil(inner * self.bits / 32)
+        if self.kind in ("mxfp4", "nvfp4"):
+            # The float32 scales of an nvfp4 layer: its weight's, and its input's where that is rounded.
+            wholes = 0 if self.kind == "mxfp4" else 1 if self.activations == "none" else 2
+            return out * (inner // 2 + groups) + 4 * wholes
+        if self.format != "pack-quantized":
+            return out * inner + round(out * groups * scale) + (0 if self.symmetric else out * groups)
+        words = out * math.ceil(inner * self.bits / 32) + (0 if self.symmetric else math.ceil(out * self.bits / 32) * groups)
         return 4 * words + round(out * groups * scale) + 16
 
 
@@ -101,6 +122,37 @@ def check_groups(layers: Mapping[str, tuple[int, int]], group_size: int | None, 
     usual = [str(size) for size in USUAL_GROUPS if divisor % size == 0]
     allowed = f"{', '.join(usual)} or null (one scale per row)" if usual else "null (one scale per row)"
     raise RecipeError(path, f"found {group_size}, which does not divide the {bad[1]} inputs of {bad[0]}; allowed: {allowed}")
+
+
+def check_activations(grid: Grid, path: str) -> None:
+    """Refuses integer activations that no engine multiplies: they need 8-bit weights, one scale per row, no zero points.
+
+    Raises RecipeError.
+    """
+    if grid.activations == "none":
+        return
+    for option, found, allowed in (
+        ("bits", grid.bits, 8), ("group_size", grid.group_size, None), ("symmetric", grid.symmetric, True),
+    ):  # fmt: skip
+        if found != allowed:
+            raise RecipeError(
+                f"{path}.{option}",
+                f"found {json.dumps(found)}; allowed with activations: {grid.activations} is {json.dumps(allowed)}",
+                hint=f"set {option}: {json.dumps(allowed)}, or activations: none",
+            )
+
+
+def check_fixed_groups(layers: Mapping[str, tuple[int, int]], kind: Kind, path: str) -> None:
+    """Refuses layers whose inputs do not divide into the groups of mxfp4 (32) or nvfp4 (16). Raises RecipeError."""
+    size = 32 if kind == "mxfp4" else 16
+    for name, (_, inner) in layers.items():
+        if inner % size:
+            part = name.rpartition(".")[2]
+            raise RecipeError(
+                path,
+                f"{kind} has one scale per {size} inputs, which does not divide the {inner} inputs of {name}",
+                hint=f"add {part} to ignore, or use rtn, whose group_size is free",
+            )
 
 
 def predict_load(shapes: Shapes, stored: int, before: Prediction, machine: Machine) -> Prediction:

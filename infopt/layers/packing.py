@@ -1,7 +1,7 @@
-"""Weights on an integer grid, stored as compressed-tensors `pack-quantized`: what transformers and vLLM load.
+"""Weights on a grid, stored in a format of compressed-tensors: what transformers, vLLM and SGLang load.
 
-vLLM runs weight-only 4- and 8-bit integers from this format alone; its `int-quantized` kernels also quantize the
-activations, with one scale per token.
+vLLM runs weight-only 4- and 8-bit integers from `pack-quantized` alone; its `int-quantized` and `float-quantized` kernels
+also quantize the activations, with one scale per token.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import torch
 from torch import nn
 
 from infopt.errors import InputError
-from infopt.layers.grid import Grid, is_ignored
+from infopt.layers import small_floats
+from infopt.layers.activation_linear import ActivationLinear
+from infopt.layers.grid import Grid, Kind, is_ignored
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     from infopt.model.bundle import Bundle
-
-FORMAT = "pack-quantized"
-
 
 def linears(bundle: Bundle, ignore: Iterable[str]) -> dict[str, nn.Linear]:
     """The layers to quantize, by dotted name.
@@ -29,6 +28,8 @@ def linears(bundle: Bundle, ignore: Iterable[str]) -> dict[str, nn.Linear]:
     Raises InputError for a model that is quantized already, and for a mixture of experts: transformers loads packed
     layers only where the experts, which are no `nn.Linear`, are packed too.
     """
+    if bundle.save_config and not bundle.packed:
+        raise InputError("the model's KV scales are recorded already", hint="move kv_cache to the end of the recipe")
     if bundle.save_config or bundle.packed or getattr(bundle.model, "hf_quantizer", None) is not None:
         raise InputError("the model's weights are quantized already", hint="keep one quantizing step in the recipe")
     if any(".experts." in name for name, _ in bundle.model.named_parameters()):
@@ -43,64 +44,87 @@ def left_alone(model: nn.Module, packed: Mapping[str, Any]) -> list[str]:
 
 
 class Scales(NamedTuple):
-    """How the groups of one [out, in] weight map to integers: weight ≈ (q − zero) · scale.
+    """How the groups of one [out, in] weight map to the numbers of a grid: weight ≈ (q − zero) · scale.
 
     `scale` float32 [out, groups], exactly the value that a reload multiplies by; `zero` float32 [out, groups] holds
-    integers, None on a symmetric grid.
+    integers, None on a symmetric grid. `overall` float32 [1]: nvfp4's scale of the layer, which `scale` is divided by
+    already.
     """
 
     scale: torch.Tensor
     zero: torch.Tensor | None = None
+    overall: torch.Tensor | None = None
 
     def columns(self, index: torch.Tensor | slice) -> Scales:
         """Those of some groups."""
-        return Scales(self.scale[:, index], None if self.zero is None else self.zero[:, index])
+        return Scales(self.scale[:, index], None if self.zero is None else self.zero[:, index], self.overall)
 
     def rows(self, index: slice) -> Scales:
         """Those of some output rows."""
-        return Scales(self.scale[index], None if self.zero is None else self.zero[index])
+        return Scales(self.scale[index], None if self.zero is None else self.zero[index], self.overall)
 
     def by_group(self) -> list[Scales]:
         """Each group's by itself, transposed: [1, out]."""
-        return [
-            Scales(self.scale[:, g][None].contiguous(), None if self.zero is None else self.zero[:, g][None].contiguous())
-            for g in range(self.scale.shape[1])
-        ]
+        scales = self.scale.T.contiguous()[:, None]
+        zeros = [None] * len(scales) if self.zero is None else self.zero.T.contiguous()[:, None]
+        return [Scales(scale, zero, self.overall) for scale, zero in zip(scales, zeros, strict=True)]
 
     @staticmethod
     def of_groups(each: Sequence[Scales]) -> Scales:
         """What `by_group` took apart."""
         zeros = [part.zero for part in each if part.zero is not None]
-        return Scales(torch.cat([part.scale for part in each]).T.contiguous(), torch.cat(zeros).T.contiguous() if zeros else None)
+        zero = torch.cat(zeros).T.contiguous() if zeros else None
+        return Scales(torch.cat([part.scale for part in each]).T.contiguous(), zero, each[0].overall)
 
 
 def scheme(grid: Grid, targets: Sequence[str] = ("Linear",)) -> QuantizationScheme:
     from compressed_tensors.quantization import QuantizationScheme
 
-    return QuantizationScheme(targets=list(targets), weights=_arguments(grid), format=FORMAT)
+    inputs = None if grid.activations == "none" else _arguments(grid, is_input=True)
+    return QuantizationScheme(targets=list(targets), weights=_arguments(grid), input_activations=inputs, format=grid.format)
 
 
-def _arguments(grid: Grid) -> QuantizationArgs:
+def _arguments(grid: Grid, *, is_input: bool = False) -> QuantizationArgs:
     from compressed_tensors.quantization import QuantizationArgs
 
-    return QuantizationArgs(
-        num_bits=grid.bits,
-        symmetric=grid.symmetric,
-        strategy="group" if grid.group_size else "channel",
-        group_size=grid.group_size,
-    )
+    named: dict[str, Any] = {"num_bits": grid.bits, "type": "int" if grid.kind == "int" else "float"}
+    if grid.kind == "mxfp4":
+        named |= {"strategy": "group", "group_size": 32, "scale_dtype": torch.uint8, "zp_dtype": torch.uint8}
+    elif grid.kind == "nvfp4":
+        named |= {"strategy": "tensor_group", "group_size": 16}
+        named |= {"scale_dtype": torch.float8_e4m3fn, "zp_dtype": torch.float8_e4m3fn}
+    elif is_input:
+        named["strategy"] = "token"
+    else:
+        named |= {"strategy": "group", "group_size": grid.group_size} if grid.group_size else {"strategy": "channel"}
+        named["symmetric"] = grid.symmetric
+    if is_input:
+        named["dynamic"] = "local" if grid.kind == "nvfp4" else True
+    return QuantizationArgs(**named)
 
 
-def fit(weight: torch.Tensor, grid: Grid, dtype: torch.dtype | None = None, shrink: torch.Tensor | float = 1.0) -> Scales:
-    """The scales that map each group's range, times `shrink` ([out, groups] or a number), to the integers of `grid`.
+def fit(
+    weight: torch.Tensor,
+    grid: Grid,
+    dtype: torch.dtype | None = None,
+    shrink: torch.Tensor | float = 1.0,
+    overall: torch.Tensor | None = None,
+) -> Scales:
+    """The scales that map each group's range, times `shrink` ([out, groups] or a number), to the numbers of `grid`.
 
-    `dtype`: the model's, the weight's when None. A reload casts scales to it, so they are rounded to it first. Raises
-    InputError for a range that the scales' dtype cannot hold.
+    `dtype`: the model's, the weight's when None. A reload casts scales to it, so they are rounded to it first. `overall`:
+    nvfp4's scale of the layer, fitted to it when None. Raises InputError for a range that the scales' dtype cannot hold.
     """
     from compressed_tensors.quantization.utils import calculate_qparams
 
     groups = weight.float().view(weight.shape[0], -1, grid.group_size or weight.shape[1])  # [out, groups, group]
-    scale, zero = calculate_qparams(groups.amin(-1) * shrink, groups.amax(-1) * shrink, _arguments(grid))
+    low, high = groups.amin(-1) * shrink, groups.amax(-1) * shrink
+    if grid.kind == "mxfp4":
+        return Scales(small_floats.power_of_two(torch.maximum(-low, high)))
+    if grid.kind == "nvfp4":
+        overall = small_floats.global_scale(weight) if overall is None else overall
+        return Scales(small_floats.scale_of_16(torch.maximum(-low, high), overall) / overall, None, overall)
+    scale, zero = calculate_qparams(low, high, _arguments(grid))
     stored = _stored(scale.to(dtype or weight.dtype), grid)
     if not stored.float().isfinite().all() or not stored.float().gt(0).all():
         raise InputError(f"a weight's scale does not fit {stored.dtype}", hint="set scale_dtype: float32")
@@ -113,6 +137,9 @@ def _stored(scale: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 def nearest(weight: torch.Tensor, scales: Scales, grid: Grid) -> torch.Tensor:
     """`weight` float32 [out, n] rounded to the grid's points, float32; `scales` broadcast against it ([out, 1] or [out, n])."""
+    if grid.kind != "int":
+        rounding = small_floats.round_e4m3 if grid.kind == "fp8" else small_floats.round_e2m1
+        return rounding(weight.div(scales.scale)).mul_(scales.scale)
     low, high = -(1 << (grid.bits - 1)), (1 << (grid.bits - 1)) - 1
     if scales.zero is None:
         return weight.div(scales.scale).round_().clamp_(low, high).mul_(scales.scale)
@@ -122,7 +149,8 @@ def nearest(weight: torch.Tensor, scales: Scales, grid: Grid) -> torch.Tensor:
 def spread(scales: Scales, grid: Grid, inner: int) -> Scales:
     """[out, groups] → [out, in]: the scale of every weight."""
     size = grid.group_size or inner
-    return Scales(*(None if part is None else part.repeat_interleave(size, 1) for part in scales))  # type: ignore[arg-type]
+    zero = None if scales.zero is None else scales.zero.repeat_interleave(size, 1)
+    return Scales(scales.scale.repeat_interleave(size, 1), zero, scales.overall)
 
 
 @torch.no_grad()
@@ -131,25 +159,46 @@ def store(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Rounds one [out, in] weight to the points that `scales` span.
 
-    Returns the tensors to store (`weight_packed`, `weight_scale`, `weight_shape`, and `weight_zero_point` where there is
-    one) and the dequantized weight, in `dtype` (the model's, the weight's when None), bit for bit as a reload makes it.
+    Returns the tensors to store (`weight_packed` or `weight`, `weight_scale`, and what else the format has) and the
+    dequantized weight, in `dtype` (the model's, the weight's when None), bit for bit as a reload makes it.
     """
     from compressed_tensors.compressors import BaseCompressor
 
     dtype = dtype or weight.dtype
-    rule, codec = scheme(grid), BaseCompressor.get_value_from_registry(FORMAT)
+    rule, codec = scheme(grid), BaseCompressor.get_value_from_registry(grid.format)
     state = {"weight": weight.float(), "weight_scale": scales.scale}
     if scales.zero is not None:
         state["weight_zero_point"] = scales.zero.to(torch.int8)
+    if scales.overall is not None:
+        state |= {"weight_scale": scales.scale * scales.overall, "weight_global_scale": scales.overall.clone()}
     packed = codec.compress(state, rule)
-    dense = codec.decompress({**packed, "weight_scale": scales.scale.to(dtype)}, rule)["weight"]
-    packed["weight_scale"] = _stored(scales.scale.to(dtype), grid)
+    if grid.kind in ("int", "fp8"):
+        packed["weight_scale"] = scales.scale.to(dtype)
+    dense = codec.decompress(packed, rule)["weight"]
+    if grid.kind in ("int", "fp8"):
+        packed["weight_scale"] = _stored(packed["weight_scale"], grid)
     return {name: tensor.contiguous().cpu() for name, tensor in packed.items()}, dense.to(dtype)
 
 
-def pack(weight: torch.Tensor, grid: Grid) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def pack(weight: torch.Tensor, grid: Grid, overall: torch.Tensor | None = None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Rounds one [out, in] weight to the nearest points of `grid`. Returns what `store` returns."""
-    return store(weight, fit(weight, grid), grid)
+    return store(weight, fit(weight, grid, overall=overall), grid)
+
+
+def activate(
+    model: nn.Module, names: Iterable[str], grid: Grid, input_scales: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Lets the linear layers `names` round their inputs as `grid.activations` says; they keep their weights.
+
+    `input_scales`: nvfp4's calibrated float32 scale of each layer's input, [1].
+    """
+    if grid.activations == "none":
+        return
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        overall = input_scales[name].to(linear.weight.device) if input_scales else None
+        model.set_submodule(name, ActivationLinear(linear, grid.kind, overall))
 
 
 def config(grids: Mapping[str, Grid] | Grid, ignored: list[str]) -> dict[str, Any]:
@@ -168,33 +217,66 @@ def config(grids: Mapping[str, Grid] | Grid, ignored: list[str]) -> dict[str, An
         groups = {f"group_{i}": scheme(grid, targets) for i, (grid, targets) in enumerate(names.items())}
         if len(groups) == 1:
             groups = {"group_0": scheme(next(iter(names)))}
-    described = QuantizationConfig(config_groups=groups, format=FORMAT, quantization_status="compressed", ignore=ignored)
+    formats = {str(group.format) for group in groups.values()}
+    described = QuantizationConfig(
+        config_groups=groups,
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
+        quantization_status="compressed",
+        ignore=ignored,
+    )
     return {**described.model_dump(mode="json"), "quant_method": "compressed-tensors"}
 
 
-def unpacked(module: nn.Module) -> nn.Linear:
-    """A plain layer from one that transformers loaded packed: no wrapper is left around its forward."""
-    from compressed_tensors.compressors.base import decompress_module
+def with_kv_cache(config: dict[str, Any] | None, bits: int, strategy: str) -> dict[str, Any]:
+    """`config`, or one of unpacked weights, that also says how keys and values are kept: 8 bits E4M3, fewer integers.
 
-    if hasattr(module, "weight_packed"):
+    `strategy`: `tensor`, or `attn_head` for a scale per key/value head.
+    """
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+
+    kept = QuantizationArgs(num_bits=bits, type="float" if bits == 8 else "int", strategy=strategy, dynamic=False)
+    if config is None:
+        bare = QuantizationConfig(config_groups={}, format="dense", quantization_status="compressed")
+        config = {**bare.model_dump(mode="json"), "quant_method": "compressed-tensors"}
+    return {**config, "kv_cache_scheme": kept.model_dump(mode="json")}
+
+
+def unpacked(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    """A layer from one that transformers loaded compressed, in `dtype`: no wrapper is left around its forward.
+
+    Plain, or with its inputs rounded where its scheme says so.
+    """
+    from compressed_tensors.compressors.base import decompress_module
+    from compressed_tensors.quantization import QuantizationStatus
+
+    if module.quantization_status == QuantizationStatus.COMPRESSED:
         decompress_module(module)
     weight, bias = module.weight, module.bias
     assert isinstance(weight, torch.Tensor)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta").train(module.training)
+    linear.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     if isinstance(bias, torch.Tensor):
         linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return linear.train(module.training)
+    found: Any = module
+    inputs = found.quantization_scheme.input_activations
+    if inputs is None:
+        return linear
+    kinds: dict[tuple[str, int, int | None], Kind] = {
+        ("int", 8, None): "int", ("float", 8, None): "fp8", ("float", 4, 32): "mxfp4", ("float", 4, 16): "nvfp4",
+    }  # fmt: skip
+    scale = getattr(module, "input_global_scale", None)
+    return ActivationLinear(linear, kinds[inputs.type, inputs.num_bits, inputs.group_size], None if scale is None else scale.data)
 
 
-def open_packed(model: nn.Module, make: Callable[[nn.Module], nn.Module] = unpacked) -> None:
-    """Replaces every layer that transformers loaded as compressed-tensors by `make(layer)`.
+def open_packed(model: nn.Module, make: Callable[[nn.Module], nn.Module] | None = None) -> None:
+    """Replaces every layer that transformers loaded as compressed-tensors by `make(layer)`, `unpacked` unless given.
 
     Without it the first forward decompresses all layers and leaves a wrapper around each.
     """
+    dtype = next(model.parameters()).dtype  # the embedding's, which is never packed
     for name, module in list(model.named_modules()):
         if getattr(module, "quantization_scheme", None) is not None and isinstance(module, nn.Linear):
-            model.set_submodule(name, make(module))
+            model.set_submodule(name, make(module) if make else unpacked(module, dtype))
     hook = getattr(model, "ct_decompress_hook", None)
     if hook is not None:
         hook.remove()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-#: Cores of other load above which a block is flagged (METRICS 5).
-LIMIT_CORES = 0.15
+from infopt.checks import OTHER_CPU_LIMIT_CORES
 
 
 def machine_busy_s() -> float:
@@ -57,8 +56,8 @@ class ContentionMeter:
 
 def contention_flags(other_cores: float | None, throttles: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Flags of a block that ran beside other load or on lowered clocks."""
-    busy = other_cores is not None and other_cores > LIMIT_CORES
+    busy = other_cores is not None and other_cores > OTHER_CPU_LIMIT_CORES
     return (
-        *((f"contended: others used {other_cores:.2f} cores, {LIMIT_CORES} allowed",) if busy else ()),
+        *((f"contended: others used {other_cores:.2f} cores, {OTHER_CPU_LIMIT_CORES} allowed",) if busy else ()),
         *(f"throttled: {reason}" for reason in throttles),
     )

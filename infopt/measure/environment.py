@@ -60,11 +60,6 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], fields: Sequence[str
     return [f"{field}: {a.get(field)!r} against {b.get(field)!r}" for field in fields if a.get(field) != b.get(field)]
 
 
-def version_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The same over the library versions that only `--across-versions` overlooks."""
-    return differences(a, b, VERSIONS)
-
-
 def library(name: str) -> str | None:
     """The installed version, or None."""
     try:

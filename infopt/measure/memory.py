@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 
@@ -50,6 +51,15 @@ def peak_bytes(device: str) -> int | None:
     import torch
 
     return int(torch.cuda.max_memory_allocated(device))
+
+
+def release(device: str) -> None:
+    """Gives back what a model that is no longer referred to held, so that the next one finds room."""
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 class MemoryWatch:

@@ -4,7 +4,8 @@ With W the stored weight bytes that a step reads, k the KV bytes per token, n th
 measured read and matrix-multiply rates (Williams et al. 2009, doi:10.1145/1498765.1498785):
 
     decode step ≥ max((W + b·k·n)/BW, b·(2·P + 4·L·H·d·n)/F)         P: parameters of the linears and the head
-    prefill     ≥ max(b·(2·P_lin·T + 2·P_head + 2·L·H·d·T²)/F, W/BW)  causal attention over T tokens
+    prefill     ≥ max(b·(2·P_lin·(T − r) + 2·P_head + 2·L·H·d·(T² − r²))/F, W/BW)
+                                                                      causal attention over T tokens, r of them cached
 """
 
 from __future__ import annotations
@@ -46,6 +47,12 @@ def touched_weight_bytes(shapes: Shapes, stored_bytes: int, embedding_element_by
     return stored_bytes - (0 if shapes.is_head_tied else math.ceil(shapes.embedding * embedding_element_bytes))
 
 
+def kv_bytes(samples: Sequence[Sample], shapes: Shapes, element_bytes: int) -> Value:
+    """KV cache of the longest request that was run, warm-up included."""
+    longest = max((s.batch * (s.prompt_tokens + s.out_tokens) for s in samples), default=0)
+    return value("kv_bytes", float(longest * shapes.kv_bytes_per_token(element_bytes)))
+
+
 def decode_limit(
     shapes: Shapes,
     machine: Machine,
@@ -63,10 +70,13 @@ def decode_limit(
     return _limit(machine, weights_bytes + kv, flops, dtype)
 
 
-def prefill_limit(shapes: Shapes, machine: Machine, *, weights_bytes: float, batch: int, prompt: int, dtype: str) -> Limit:
-    """Forward passes over `batch` prompts of `prompt` tokens, logits of the last one only."""
-    attention = 2 * shapes.layers * shapes.heads * shapes.head_dim * prompt**2
-    flops = batch * (2 * shapes.linear_parameters * prompt + 2 * shapes.head_parameters + attention)
+def prefill_limit(
+    shapes: Shapes, machine: Machine, *, weights_bytes: float, batch: int, prompt: int, dtype: str, reused: int = 0
+) -> Limit:
+    """Forward passes over `batch` prompts of `prompt` tokens, the first `reused` of which a prefix cache held; logits of
+    the last one only."""
+    attention = 2 * shapes.layers * shapes.heads * shapes.head_dim * (prompt**2 - reused**2)
+    flops = batch * (2 * shapes.linear_parameters * (prompt - reused) + 2 * shapes.head_parameters + attention)
     return _limit(machine, weights_bytes, flops, dtype)
 
 
@@ -90,7 +100,10 @@ def shares_of_limit(
     kv_element_bytes: int,
     dtype: str,
 ) -> tuple[dict[str, Value], dict[str, Any]]:
-    """`mbu` and `mfu`, each the median over requests of limit ÷ measured, and the inputs they came from."""
+    """`mbu` and `mfu`, each the median over requests of limit ÷ measured, and the inputs they came from.
+
+    `dtype`: what the layers multiply in.
+    """
     good = [sample for sample in samples if not sample.warmup and sample.error is None]
     decode, prefill = list[tuple[Limit, float]](), list[tuple[Limit, float]]()
     for sample in good:
@@ -108,7 +121,13 @@ def shares_of_limit(
             decode.append((limit, seconds))
         if sample.prefill_s:
             limit = prefill_limit(
-                shapes, machine, weights_bytes=weights_bytes, batch=sample.batch, prompt=sample.prompt_tokens, dtype=dtype
+                shapes,
+                machine,
+                weights_bytes=weights_bytes,
+                batch=sample.batch,
+                prompt=sample.prompt_tokens,
+                dtype=dtype,
+                reused=sample.reused_tokens or 0,
             )
             prefill.append((limit, sample.prefill_s))
     in_cache = _fits_in_cache(machine, weights_bytes)
@@ -118,6 +137,7 @@ def shares_of_limit(
     }
     details = {
         "weights_touched_bytes": weights_bytes,
+        "dtype": dtype,
         "read_bytes_per_s": machine.read_bytes_per_s,
         "flops": dict(machine.flops),
         "decode_limit_s": _median([limit.seconds for limit, _ in decode]),

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from infopt.settings import WARMUP_CAP, WARMUP_LATER
 from infopt.stats import is_steady
-
-CAP = 20
-LATER = 1
-"""Iterations of every block but an arm's first, whose warm-up already brought caches and clocks to rest."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class Warmup:
     """False when the cap ended it: a warning."""
 
 
-def warm_up(iterate: Callable[[], float], *, is_first_block: bool, cap: int = CAP, later: int = LATER) -> Warmup:
+def warm_up(iterate: Callable[[], float], *, is_first_block: bool, cap: int = WARMUP_CAP, later: int = WARMUP_LATER) -> Warmup:
     """Calls `iterate`, which returns its seconds, until steady or `cap`; exactly `later` times in later blocks."""
     if not is_first_block:
         for _ in range(later):

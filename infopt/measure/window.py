@@ -15,9 +15,10 @@ from infopt.measure.contention import ContentionMeter, contention_flags
 from infopt.measure.energy import EnergyMeter, NoEnergy
 from infopt.measure.memory import MemoryWatch
 from infopt.measure.nvml import Gpu
-from infopt.measure.warmup import CAP, LATER, warm_up
+from infopt.measure.warmup import warm_up
 from infopt.protocols import Engine, Request, Trace
 from infopt.result import Block, Sample
+from infopt.settings import WARMUP_CAP, WARMUP_LATER
 
 Batch = Sequence[Request]
 
@@ -58,8 +59,8 @@ def measure_block(
     *,
     warmup: Iterator[Batch],
     is_first_block: bool,
-    warmup_cap: int = CAP,
-    warmup_later: int = LATER,
+    warmup_cap: int = WARMUP_CAP,
+    warmup_later: int = WARMUP_LATER,
     on_sample: Callable[[Sample], None] = _drop,
 ) -> tuple[Block, list[Sample]]:
     """Runs `batches` through `engine`. Warm-up samples come first in the list, marked.
@@ -158,6 +159,7 @@ class _Runner:
             detokenize_s=detokenise_s,
             drafted=trace.drafted,
             accepted=trace.accepted,
+            reused_tokens=trace.reused_tokens,
             # The request that waits longest speaks for its batch.
             scheduled_s=min((r.scheduled_s for r in batch if r.scheduled_s is not None), default=None),
             submitted_s=submitted,

@@ -41,6 +41,26 @@ def new_folder(target: Path, needed_bytes: int | None = None) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def new_file(target: Path, needed_bytes: int | None = None) -> Iterator[Path]:
+    """As `new_folder`, for one file: yields where to write it; it gets the name `target` when the block ends well."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with writing(target, needed_bytes):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            sweep(target)
+            if needed_bytes is not None and free_bytes(target) < needed_bytes:
+                raise _full(target, needed_bytes)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary / target.name
+            _flush(temporary)
+            (temporary / target.name).replace(target)
+            _sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def publish(folder: Path, target: Path) -> None:
     """Renames `folder` to `target` once all of it is on the disk. `target` must not exist, or be an empty folder."""
     with writing(target):

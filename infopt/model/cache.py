@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
+import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,15 +25,22 @@ def cache_dir() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "infopt"
 
 
-def build_once(folder: Path, builder: Callable[[Path], None], needed_bytes: int | None = None) -> Path:
-    """`folder`, which `builder` fills under a temporary name if it does not exist yet.
+def build_once(
+    folder: Path,
+    builder: Callable[[Path], None],
+    needed_bytes: int | None = None,
+    is_whole: Callable[[Path], bool] = lambda folder: True,
+) -> Path:
+    """`folder`, which `builder` fills under a temporary name if it does not exist yet, or not as it was made.
 
     A second process waits for the first and finds the folder made. Raises DiskFullError, InfoptError, and whatever
     `builder` raises; then nothing is left behind.
     """
-    if folder.is_dir():
+    if folder.is_dir() and is_whole(folder):
         return folder
     with lock(folder):
+        if folder.is_dir() and not is_whole(folder):
+            shutil.rmtree(folder)
         if not folder.is_dir():
             with new_folder(folder, needed_bytes) as temporary:
                 builder(temporary)
@@ -73,5 +82,21 @@ def lock(folder: Path) -> Iterator[None]:
             f"{folder.parent}: the cache cannot be written: {error.strerror}", hint="set INFOPT_CACHE to a folder you may write"
         ) from error
     with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        _hold(stream.fileno())
         yield
+
+
+def _hold(descriptor: int) -> None:
+    """Waits for the exclusive lock, which ends with the file's closing."""
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return
+    import msvcrt
+
+    while True:
+        try:
+            return msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:  # held by another process
+            time.sleep(0.1)

@@ -110,6 +110,18 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     return tensors
 
 
+def read_integers(path: Path, entry: dict[str, Any]) -> tuple[int, ...]:
+    """The values of one int64 tensor, by its entry in the header: of a shape that is stored as a tensor. Raises InputError."""
+    if entry["dtype"] != "I64":
+        raise InputError(f"{path}: a stored shape has dtype {entry['dtype']}; allowed: I64", hint=_AGAIN)
+    begin, end = entry["data_offsets"]
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        stream.seek(8 + length + begin)
+        data = stream.read(end - begin)
+    return struct.unpack(f"<{len(data) // 8}q", data)
+
+
 def check_weights(folder: Path) -> None:
     """Reads every header. Raises InputError for missing, pickled, corrupt or truncated weights."""
     for path in weight_files(folder):

@@ -47,6 +47,11 @@ def value(reader: Any, name: str) -> Any:
     return None if field is None else field.contents()
 
 
+def values(reader: Any, prefix: str) -> dict[str, Any]:
+    """Every metadata value whose name starts with `prefix`."""
+    return {name: field.contents() for name, field in reader.fields.items() if name.startswith(prefix)}
+
+
 def formats(reader: Any) -> str:
     """The storage types of the matrices, most frequent first: `Q4_1/Q8_0`."""
     count = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)

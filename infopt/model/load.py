@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infopt.errors import InfoptError, InputError, MissingNeedError
-from infopt.model import checkpoint, demo, gguf_file
+from infopt.errors import InfoptError, InputError, MissingNeedError, first_line
+from infopt.model import checkpoint, compressed, demo, gguf_config, gguf_file, gguf_tokenizer
 from infopt.model.bundle import Bundle
 from infopt.model.plan import LoadPlan
 from infopt.model.quiet import quiet
@@ -50,6 +50,16 @@ def load(reference: ModelReference, plan: LoadPlan | None = None, progress: Prog
             description = f"{description}, with LoRA adapter {adapter.name} merged"
         _finish(model, tokenizer)
     return Bundle(model, tokenizer, description, plan)
+
+
+def open_tokenizer(reference: ModelReference) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, as `load` would give it; no weight is read. Raises InputError."""
+    path = local_path(reference)
+    with _one_line(reference.text), quiet():
+        if not path.is_file():
+            return _folder_tokenizer(path, _shared(reference.trust_remote_code))
+        with gguf_file.shared_reader(path) as reader:
+            return _gguf_tokenizer(path, reader)
 
 
 def describe(reference: ModelReference) -> str:
@@ -121,20 +131,41 @@ def _check_complete(info: dict[str, Any], where: Path) -> None:
 
 
 def _read_folder(path: Path, reference: ModelReference, plan: LoadPlan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    shared = _shared(reference.trust_remote_code or plan.trust_remote_code)
+    checkpoint.check_weights(path)
+    stored = None if plan.is_plain else checkpoint.read_config(path).get("quantization_config")
+    with compressed.room_for_packed_zero_points() if compressed.has_packed_zero_points(stored) else nullcontext():
+        model = _from_pretrained(path, plan, use_safetensors=True, **shared)
+    if compressed.gap(stored, str(model.dtype).removeprefix("torch.")):
+        compressed.keep_dtype(model)
+    return model, _folder_tokenizer(path, shared), describe(reference)
+
+
+def _shared(trust: bool) -> dict[str, Any]:
+    return {"trust_remote_code": trust, "local_files_only": not trust or bool(os.environ.get("HF_HUB_OFFLINE"))}
+
+
+def _folder_tokenizer(path: Path, shared: dict[str, Any]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    trust = reference.trust_remote_code or plan.trust_remote_code
-    shared = {"trust_remote_code": trust, "local_files_only": not trust or bool(os.environ.get("HF_HUB_OFFLINE"))}
-    checkpoint.check_weights(path)
-    model = _from_pretrained(path, plan, use_safetensors=True, **shared)
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **shared)
-    return model, tokenizer, describe(reference)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, padding_side="left", **shared)
+    return tokenizer
+
+
+def _gguf_tokenizer(path: Path, reader: Any) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase | None = gguf_tokenizer.read(gguf_file.values(reader, "tokenizer."))
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side="left")
+    gguf_file.repair_tokenizer(tokenizer, reader)
+    return tokenizer
 
 
 def _read_gguf(path: Path, plan: LoadPlan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     from dataclasses import replace
 
-    from transformers import AutoTokenizer, GgufConfig
+    from transformers import GgufConfig
 
     if plan.quantization_config is not None:
         raise InputError(
@@ -143,9 +174,9 @@ def _read_gguf(path: Path, plan: LoadPlan) -> tuple[PreTrainedModel, PreTrainedT
         )
     plan = replace(plan, dtype="float32" if plan.dtype == "auto" else plan.dtype, quantization_config=GgufConfig(dequantize=True))
     with gguf_file.shared_reader(path) as reader:
-        model = _from_pretrained(path.parent, plan, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side="left")
-        gguf_file.repair_tokenizer(tokenizer, reader)
+        config = gguf_config.read(path, reader)
+        model = _from_pretrained(path.parent, plan, gguf_file=path.name, config=config)
+        tokenizer = _gguf_tokenizer(path, reader)
         description = gguf_file.describe(path, reader)
     return model, tokenizer, description
 
@@ -190,13 +221,8 @@ def _one_line(where: str) -> Iterator[None]:
     except InfoptError:
         raise
     except ImportError as error:
-        raise MissingNeedError(f"{where}: {_first_line(error)}", hint="infopt doctor") from error
+        raise MissingNeedError(f"{where}: {first_line(error)}", hint="infopt doctor") from error
     except torch.OutOfMemoryError as error:
         raise InfoptError(f"{where}: out of device memory while loading", hint="a smaller dtype, or --device cpu") from error
     except Exception as error:  # tokenizers, for one, raises plain Exception
-        raise InputError(f"{where}: cannot be loaded: {_first_line(error)}", hint="infopt models show says what it is") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        raise InputError(f"{where}: cannot be loaded: {first_line(error)}", hint="infopt models show says what it is") from error

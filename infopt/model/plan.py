@@ -20,3 +20,5 @@ class LoadPlan:
     attention: str | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+    is_plain: bool = False
+    """As transformers alone opens it, without what `model.compressed` puts right."""

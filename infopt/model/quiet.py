@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_TALKATIVE = ("bitsandbytes", "compressed_tensors")
+_TALKATIVE = ("bitsandbytes", "compressed_tensors", "torchao", "torch.utils._pytree")
 
 
 @contextmanager

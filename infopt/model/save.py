@@ -66,15 +66,9 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def publish(staging: Path, folder: Path) -> None:
-    """Gives a finished folder its name. Raises InputError when that was taken meanwhile, DiskFullError."""
-    require_free_target(folder)
-    atomic.publish(staging, folder)
-
-
 def _tensors(bundle: Bundle) -> dict[str, torch.Tensor]:
     """The state dict as it will be stored: of a packed module only its packed tensors and its bias remain."""
-    assert bool(bundle.packed) == (bundle.save_config is not None), "packed tensors and save_config go together"
+    assert not bundle.packed or bundle.save_config is not None, "packed tensors need the save_config that tells how to read them"
     state: dict[str, Any] = dict(bundle.model.state_dict())
     for module, packed in bundle.packed.items():
         for key in [key for key in state if key.startswith(f"{module}.") and key != f"{module}.bias"]:

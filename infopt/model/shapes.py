@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infopt.errors import InfoptError, InputError
-from infopt.model import checkpoint, gguf_file, hub
+from infopt.errors import InfoptError, InputError, first_line
+from infopt.model import checkpoint, gguf_config, gguf_file, hub
 from infopt.model.quiet import quiet
 from infopt.model.reference import ModelReference, config_path, local_path
 from infopt.protocols import Shapes
@@ -45,14 +45,14 @@ def read_config(reference: ModelReference) -> PreTrainedConfig:
     try:
         with quiet():
             if path.is_file():
-                with gguf_file.shared_reader(path):
-                    config: PreTrainedConfig = auto.from_pretrained(path.parent, gguf_file=path.name)
+                with gguf_file.shared_reader(path) as reader:
+                    config: PreTrainedConfig = gguf_config.read(path, reader)
             else:
                 config = auto.from_pretrained(path, trust_remote_code=reference.trust_remote_code)
     except InfoptError:
         raise
     except Exception as error:  # OSError, ValueError, huggingface_hub's own for a field of the wrong type, …
-        raise InputError(f"{reference.text}: its config does not read: {_first_line(error)}", hint=_HINT) from None
+        raise InputError(f"{reference.text}: its config does not read: {first_line(error)}", hint=_HINT) from None
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     return config
@@ -67,14 +67,9 @@ def _on_meta(config: PreTrainedConfig, reference: ModelReference) -> PreTrainedM
         with quiet(), torch.device("meta"):
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=reference.trust_remote_code)
     except Exception as error:  # whatever the model's own code makes of sizes that do not go together
-        message = f"{reference.text}: {config.model_type!r} does not open as a causal language model: {_first_line(error)}"
+        message = f"{reference.text}: {config.model_type!r} does not open as a causal language model: {first_line(error)}"
         raise InputError(message, hint=_HINT) from None
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _measure(model: Any, text: Any) -> Shapes:

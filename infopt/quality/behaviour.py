@@ -28,6 +28,7 @@ Status = Literal["kept", "broken", "fixed", "both_fail"]
 Margin = Callable[[Sequence[int], Sequence[int], int], float]
 """(prompt ids, the reference's output ids, position) → the reference's top-2 logit margin at that output position."""
 
+FIGURES = ("behaviour.pass_share", "behaviour.broken_share", "behaviour.same_share")
 REPEAT_LENGTH = 4
 DEFAULT_MAX_TOKENS = 64
 
@@ -108,17 +109,13 @@ def run_prompts(
     progress: Progress = lambda line: None,
     seed: int = 0,
 ) -> list[Answer]:
-    """Lets `engine` answer each prompt alone, so that no answer depends on its neighbours in a batch.
-
-    A row without `max_tokens` may use `default_max_tokens`, or one more than its rule allows, so that the rule can fail.
-    """
+    """Lets `engine` answer each prompt alone, so that no answer depends on its neighbours in a batch."""
     ends = set(tokenizer.all_special_ids)
     answers = []
     for number, prompt in enumerate(prompts, start=1):
         progress(f"behaviour: prompt {number} of {len(prompts)}")
         prompt_ids = encode(prompt, tokenizer)
-        allowed = prompt.expect.max_tokens if prompt.expect else None
-        limit = prompt.max_tokens or max(default_max_tokens, (allowed or 0) + 1)
+        limit = answer_limit(prompt, default_max_tokens)
         trace = engine.generate([Request(prompt.id, prompt_ids, limit, ignore_eos=False, seed=seed)])
         output_ids = list(trace.output_ids[0])
         while output_ids and output_ids[-1] in ends:
@@ -126,6 +123,20 @@ def run_prompts(
         text = str(tokenizer.decode(output_ids, skip_special_tokens=True))
         answers.append(Answer(prompt.id, prompt_ids, tuple(output_ids), text))
     return answers
+
+
+def answer_limit(prompt: Prompt, default_max_tokens: int = DEFAULT_MAX_TOKENS) -> int:
+    """The row's own `max_tokens`, else the default, or one more than its rule allows, so that the rule can fail."""
+    allowed = prompt.expect.max_tokens if prompt.expect else None
+    return prompt.max_tokens or max(default_max_tokens, (allowed or 0) + 1)
+
+
+def require_room(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, context_tokens: int) -> None:
+    """Raises InputError for a prompt that with its answer exceeds the model's context."""
+    for prompt in prompts:
+        total = len(encode(prompt, tokenizer)) + answer_limit(prompt)
+        if total > context_tokens:
+            raise InputError(f"prompt {prompt.id!r} and its answer take {total} tokens; the model's context is {context_tokens}")
 
 
 def compare_answers(

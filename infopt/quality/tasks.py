@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     """([choices, tokens] ids, the same shape of mask, both int64 on the CPU) → [choices, tokens, vocabulary] logits."""
 
 
+FIGURES = ("mc.accuracy", "mc.delta", "mc.flips_share")
+
+
 @dataclass(frozen=True)
 class ItemScore:
     """`log_likelihoods`: one sum per choice, nats; `per_byte`: the same ÷ the choice's bytes."""
 
     id: str
-    source: str
     answer: int
     log_likelihoods: tuple[float, ...]
     per_byte: tuple[float, ...]
@@ -59,17 +61,11 @@ class TaskResult:
     correct: int
     broken: tuple[str, ...]
     fixed: tuple[str, ...]
-    by_source: dict[str, tuple[int, int, int]]
-    """Source → (items, right by the reference, right now)."""
     alpha: float = 0.05
 
     @property
     def accuracy(self) -> Interval:
         return share_interval(self.correct, self.total, self.alpha)
-
-    @property
-    def accuracy_reference(self) -> Interval:
-        return share_interval(self.correct_reference, self.total, self.alpha)
 
     @property
     def difference(self) -> ShareDifference:
@@ -114,14 +110,17 @@ def score_choices(
     with torch.inference_mode():
         for number, item in enumerate(items, start=1):
             progress(f"multiple choice: item {number} of {len(items)}")
-            encoded = [_encode(item, choice, tokenizer) for choice in item.choices]
-            longest = max(len(ids) for ids, _ in encoded)
-            if context_tokens is not None and longest > context_tokens:
-                raise InputError(f"item {item.id!r} has {longest} tokens; the model's context is {context_tokens}")
-            sums = _log_likelihoods(model, encoded, longest)
+            encoded = _encode_item(item, tokenizer, context_tokens)
+            sums = _log_likelihoods(model, encoded, max(len(ids) for ids, _ in encoded))
             per_byte = tuple(total / len(choice.encode()) for total, choice in zip(sums, item.choices, strict=True))
-            scores.append(ItemScore(item.id, item.source, item.answer, sums, per_byte))
+            scores.append(ItemScore(item.id, item.answer, sums, per_byte))
     return scores
+
+
+def require_room(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase, context_tokens: int | None) -> None:
+    """Raises InputError for the first item that `score_choices` would refuse."""
+    for item in items:
+        _encode_item(item, tokenizer, context_tokens)
 
 
 def masked_logits_of(model: PreTrainedModel) -> MaskedLogitsOf:
@@ -140,19 +139,22 @@ def compare_scores(reference: Sequence[ItemScore], candidate: Sequence[ItemScore
     if not reference or [(r.id, r.answer) for r in reference] != [(c.id, c.answer) for c in candidate]:
         raise InputError("reference and candidate were not scored on the same items", hint="score both on one file")
     pairs = list(zip(reference, candidate, strict=True))
-    by_source: dict[str, tuple[int, int, int]] = {}
-    for old, new in pairs:
-        total, before, after = by_source.get(old.source, (0, 0, 0))
-        by_source[old.source] = (total + 1, before + old.is_correct, after + new.is_correct)
     return TaskResult(
         total=len(pairs),
         correct_reference=sum(old.is_correct for old, _ in pairs),
         correct=sum(new.is_correct for _, new in pairs),
         broken=tuple(old.id for old, new in pairs if old.is_correct and not new.is_correct),
         fixed=tuple(old.id for old, new in pairs if new.is_correct and not old.is_correct),
-        by_source=by_source,
         alpha=alpha,
     )
+
+
+def _encode_item(item: Item, tokenizer: PreTrainedTokenizerBase, context_tokens: int | None) -> list[tuple[list[int], int]]:
+    encoded = [_encode(item, choice, tokenizer) for choice in item.choices]
+    longest = max(len(ids) for ids, _ in encoded)
+    if context_tokens is not None and longest > context_tokens:
+        raise InputError(f"item {item.id!r} has {longest} tokens; the model's context is {context_tokens}")
+    return encoded
 
 
 def _encode(item: Item, choice: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:

@@ -49,7 +49,7 @@ def _filled(name: str, created_utc: str, cases: list[Case]) -> ElementTree.Eleme
         "skipped": sum(case.find("skipped") is not None for case in cases),
     }
     # JUnit wants local ISO 8601 without a zone; ours is UTC throughout.
-    described = {"name": _clean(name), "timestamp": created_utc.removesuffix("Z")}
+    described = {"name": _clean(name), "timestamp": created_utc.removesuffix("Z").removesuffix("+00:00")}
     suite = ElementTree.Element("testsuite", described | {key: str(count) for key, count in counts.items()})
     suite.extend(cases)
     return suite

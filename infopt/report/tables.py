@@ -116,6 +116,7 @@ def arm_columns(comparison: Comparison) -> tuple[Column, ...]:
         _plain(arms, "TTFT (ms)", "speed", ("ttft_s.p50",)),
         _plain(arms, "TPOT (ms)", "speed", ("tpot_s.p50",)),
         _plain(arms, "of limit (MBU)", "speed", ("mbu",)),
+        _plain(arms, "to make", "speed", ("optimize_s",)),
         _plain(arms, "weights", "memory", ("weights_bytes",)),
         _peak(arms),
         _plain(arms, "KLD (nats)", "quality", ("kld.mean",)),

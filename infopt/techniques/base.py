@@ -40,12 +40,21 @@ class Technique:
     """Options under which the model must not change at all, or None when there are none."""
     reload_tolerance: float = 0.0
     """Largest allowed |logit| change after save and reload; above 0 the docstring says why. An instance may set its own."""
+    arithmetic: str | None = None
+    """What its layers multiply in, where that is not the model's dtype. An instance may set its own."""
     at_load: ClassVar[bool] = False
     """True when there is no loadable file format: the artifact stores the weights from before this step, and the
     step runs again whenever the artifact is opened."""
 
+    is_record: ClassVar[bool] = False
+    """True when the model answers as before: what the step writes is for other engines."""
+
     def __init__(self, options: Any) -> None:
         self.options = options
+        #: The recipe's `cache.dtype`, for `check`.
+        self.cache_dtype = "auto"
+        #: Tokens of the recipe's calibration text, for `predict`.
+        self.calibration_tokens = 0
 
     def check(self, shapes: Shapes, path: str) -> None:
         """Refuses options that this model's shapes do not allow. `path` is the step's place in the recipe.

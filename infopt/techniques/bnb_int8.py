@@ -34,6 +34,7 @@ class BnbInt8(Technique):
 
     Options = BnbInt8Options
     needs = Needs(modules=("bitsandbytes", "accelerate"))
+    arithmetic = "int8"
     options: BnbInt8Options
 
     def plan(self, plan: LoadPlan) -> LoadPlan:

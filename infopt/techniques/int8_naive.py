@@ -6,12 +6,11 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from infopt.errors import MissingNeedError
 from infopt.layers import grid
 from infopt.layers.grid import Grid
 from infopt.model.plan import LoadPlan
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import Options, Technique
+from infopt.techniques.base import Needs, Options, Technique
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
@@ -34,17 +33,17 @@ class Int8Naive(Technique):
     """
 
     Options = Int8NaiveOptions
+    needs = Needs(cpu=True)
+    arithmetic = "int8"
     at_load = True
     options: Int8NaiveOptions
 
     def plan(self, plan: LoadPlan) -> LoadPlan:
-        _require_cpu(plan.device)
         return replace(plan, dtype="float32")
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         import torch
 
-        _require_cpu(bundle.device.type)
         model: Any = bundle.model
         model.float()  # the packed layers take nothing else
         quantize_dynamic: Any = torch.ao.quantization.quantize_dynamic  # untyped
@@ -65,12 +64,6 @@ class Int8Naive(Technique):
         rate = machine.read_bytes_per_s
         seconds = sum(out * inner for out, inner in layers) * grid.TRAFFIC_BYTES / rate if rate else None
         return replace(before, peak_bytes=max(before.peak_bytes, 4 * shapes.parameters + packed), seconds=seconds)
-
-
-def _require_cpu(device: str) -> None:
-    if device != "cpu":
-        message = f"int8_naive runs on the CPU only, and this model is on {device}"
-        raise MissingNeedError(message, hint="--device cpu, or the int8 recipe")
 
 
 TECHNIQUE = Int8Naive

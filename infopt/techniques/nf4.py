@@ -39,6 +39,10 @@ class Nf4(Technique):
     needs = Needs(modules=("bitsandbytes", "accelerate"))
     options: Nf4Options
 
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.arithmetic = self.options.compute_dtype
+
     def plan(self, plan: LoadPlan) -> LoadPlan:
         import transformers
 

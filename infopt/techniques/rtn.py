@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -17,8 +16,10 @@ if TYPE_CHECKING:
 
 
 class RtnOptions(Options):
-    bits: Literal[4, 8] = 4
+    bits: Literal[2, 3, 4, 8] = 4
     group_size: int | None = Field(default=64, ge=8)
+    symmetric: bool = True
+    activations: Literal["none", "token"] = "none"
     scale_dtype: ScaleDType = "auto"
     ignore: Modules = ("lm_head",)
 
@@ -27,14 +28,20 @@ class Rtn(Technique):
     """Rounds each weight to the nearest point of an integer grid; no data, seconds to run.
 
     One scale per group of input features maps the group's range to the integers (Jacob et al., arXiv 1712.05877; with
-    groups, ZeroQuant, arXiv 2206.01861). The artifact is compressed-tensors `pack-quantized`, which plain
-    transformers, vLLM and SGLang load. In memory, and in plain transformers, the weights are the rounded values in the
-    model's dtype: quality and stored bytes are those of the format, speed is that of the unquantized model.
+    groups, and with activations per token, ZeroQuant, arXiv 2206.01861). The artifact is compressed-tensors
+    `pack-quantized`, or `int-quantized` with activations. In memory, and in plain transformers, the weights are the
+    rounded values in the model's dtype: quality and stored bytes are those of the format, speed is that of the
+    unquantized model.
 
-    bits         4 or 8 per weight, default 4. 8 is near lossless at twice the bytes.
+    bits         2, 3, 4 or 8 per weight, default 4. 8 is near lossless at twice the bytes; 2 rounded is past use.
+                 vLLM runs 4 and 8; compressed-tensors 0.18 and later pack 3 bits in another way than earlier ones.
     group_size   input features that share a scale, ≥ 8, default 64; it must divide every layer's inputs. null: one scale
                  per row. Smaller is more exact and costs 16/group_size more bits per weight with 2-byte scales.
                  vLLM's kernels take 32, 64, 128 or null.
+    symmetric    true (default): q·scale. false: (q − zero)·scale, closer at 4 bits and below; plain transformers 5.23
+                 reads it only with `CompressedTensorsConfig(dequantize=True)`, vLLM and infopt as it is.
+    activations  none (default), or token: what enters a layer is rounded to int8 too, dynamically with one scale per
+                 token, so that engines multiply integers (W8A8). Needs bits: 8 and group_size: null.
     scale_dtype  what scales are rounded to and stored in: auto (the model's dtype, the default), float32, bfloat16,
                  float16. A narrower one than the model's saves bytes; transformers' `dequantize=True` then also
                  computes the weights in it.
@@ -49,23 +56,17 @@ class Rtn(Technique):
     @property
     def _grid(self) -> Grid:
         o = self.options
-        return Grid(o.bits, o.group_size, o.scale_dtype)
+        return Grid(o.bits, o.group_size, o.scale_dtype, o.symmetric, activations=o.activations)
 
     def check(self, shapes: Shapes, path: str) -> None:
         grid.check_ignore(shapes, self.options.ignore, path)
+        grid.check_activations(self._grid, path)
         grid.check_groups(grid.chosen(shapes, self.options.ignore), self.options.group_size, f"{path}.group_size")
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
-        from infopt.layers import packing
+        from infopt.layers import rounding
 
-        layers = packing.linears(bundle, self.options.ignore)
-        packed = {}
-        for done, (name, layer) in enumerate(layers.items(), 1):
-            context.progress(f"rtn {done}/{len(layers)} {name}")
-            packed[name], layer.weight.data = packing.pack(layer.weight, self._grid)
-        if not packed:
-            return bundle
-        return replace(bundle, packed=packed, save_config=packing.config(self._grid, packing.left_alone(bundle.model, packed)))
+        return rounding.round_layers(bundle, self.options.ignore, self._grid, "rtn", context.progress)
 
     def reopen(self, bundle: Bundle) -> Bundle:
         from infopt.layers import packing

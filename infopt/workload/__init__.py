@@ -1,4 +1,4 @@
-"""What an engine is asked to do: prompts, arrivals, stop rules. Every request follows from a seed and a block number,
+"""What an engine is asked to do: prompts and stop rules. Every request follows from a seed and a block number,
 so that all arms answer the same prompts, and no two requests of a block share a prefix unless the user's file makes them.
 """
 
@@ -39,7 +39,7 @@ class Workload(ABC):
 
     @property
     def hash(self) -> str:
-        """sha256 of `as_dict`, name left out: equal for equal requests."""
+        """sha256 of `as_dict`, name left out: with the same seed, equal for equal requests."""
         content = {key: value for key, value in self.as_dict().items() if key != "name"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

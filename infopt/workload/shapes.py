@@ -6,7 +6,7 @@ Prompts are windows of real text, because speculation and mixtures of experts be
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, ClassVar
@@ -70,28 +70,3 @@ class FixedShape(Workload):
         length = len(self.text_ids)
         window = tuple(self.text_ids[(start + i) % length] for i in range(self.prompt_tokens))
         return Request(id=name, prompt_ids=window, max_new_tokens=self.new_tokens, seed=seed)
-
-
-def sweep(
-    *,
-    prompts: Sequence[int],
-    batches: Sequence[int],
-    new_tokens: int,
-    requests: int,
-    text_ids: tuple[int, ...],
-    context: int,
-) -> tuple[FixedShape, ...]:
-    """Every prompt length with every batch size. Raises InputError for a shape that does not fit."""
-    return tuple(
-        FixedShape(
-            name=f"{prompt}+{new_tokens}x{batch}",
-            prompt_tokens=prompt,
-            new_tokens=new_tokens,
-            batch=batch,
-            requests=requests,
-            text_ids=text_ids,
-            context=context,
-        )
-        for prompt in prompts
-        for batch in batches
-    )

@@ -232,7 +232,7 @@ def test_an_artifact_that_is_cut_off_is_refused(tiny_folder: Path) -> None:
         (("--price-per-hour", "-1"), "price per hour is -1.0"),
         (("--price-per-hour", "inf"), "price per hour is inf"),
         (("--price-per-hour", "1", "--utilisation", "0"), "utilisation is 0.0"),
-        (("--utilisation", "1.5"), "utilisation is 1.5"),
+        (("--price-per-hour", "1", "--utilisation", "1.5"), "utilisation is 1.5"),
         (("--workload", "gone.jsonl"), "gone.jsonl"),
         (("--tasks", "gone.jsonl"), "gone.jsonl"),
         (("--checks", "gone.jsonl"), "gone.jsonl"),

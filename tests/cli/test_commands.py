@@ -159,7 +159,7 @@ def test_inspect_tells_shapes_bytes_and_limits() -> None:
 
 
 def test_models_are_listed_and_shown() -> None:
-    assert document("models", "list") == []
+    assert document("models", "list") == {"schema_version": 1, "models": []}
     shown = document("models", "show", "tiny")
     assert (shown["kind"], shown["architecture"]) == ("tiny", "LlamaForCausalLM")
     assert shown["weights_bytes"] == 94528 * 4
@@ -271,7 +271,7 @@ def test_gate_mode_has_its_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_strict_ends_with_four_when_a_gate_stays_open(scripted: None, tmp_path: Path) -> None:
     gates = tmp_path / "gates.yaml"
-    gates.write_text("mfu: {min: 0.1}", encoding="utf-8")
+    gates.write_text("device_peak_bytes: {max: 1GiB}", encoding="utf-8")
     run("compare", "fast", "slow", "--pairs", "2", "--gates", gates, "--no-quality")
     run("compare", "fast", "slow", "--pairs", "2", "--gates", gates, "--no-quality", "--strict", code=Exit.INCONCLUSIVE)
 
@@ -313,7 +313,10 @@ def test_an_interrupt_is_told_in_one_line(
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(WorkerProcess, "call", call)
     result = run("bench", "fast", "--blocks", "3", code=code)
-    assert result.stderr.splitlines() == [f"error: {word}", "hint: samples measured so far are in the results folder"]
+    assert result.stderr.splitlines() == [
+        f"error: {word}",
+        "hint: what was measured before is in the results folder, marked incomplete",
+    ]
     (folder,) = (tmp_path / "results").iterdir()
     assert (read_run(folder).is_complete, read_run(folder).incomplete_reason) == (False, word)
     assert signal.getsignal(signal.SIGTERM) is before
@@ -385,7 +388,7 @@ def test_the_demo_forgives_a_failed_gate_unless_asked(scripted: None, monkeypatc
 
     gates = parse_gates({"tpot_s.p50": {"max_regress": "3%"}}, "gates")
 
-    def short(options: LoadOptions, *, results: Path, progress: Any) -> Any:
+    def short(specs: Any, options: LoadOptions, *, results: Path, progress: Any) -> Any:
         protocol = Protocol(pairs=6, gates=gates)
         return compare(arms.parse(["fast", "slow"]), WorkloadSpec(), options, Settings(quality=None), protocol, results=results)
 

@@ -41,7 +41,7 @@ def test_fetch_list_show_and_remove(fetched: list[Any]) -> None:
     assert fetched == [Path("x.whl")]
     tiny.folder("tiny-moe")
     (cache.cache_dir() / "artifacts" / "int8-0123").mkdir(parents=True)
-    entries = json.loads(run("list", "--json").stdout)
+    entries = json.loads(run("list", "--json").stdout)["models"]
     assert [(entry["name"], entry["place"]) for entry in entries] == [
         ("demo", "infopt"),
         ("tiny-moe", "infopt"),
@@ -54,7 +54,7 @@ def test_fetch_list_show_and_remove(fetched: list[Any]) -> None:
     assert "Apache-2.0" in shown
     assert run("rm", "demo", "--yes").exit_code == 0
     assert not demo.cached_folder().exists()
-    assert json.loads(run("rm", "int8-0123", "-y", "--json").stdout)[0]["name"] == "int8-0123"
+    assert json.loads(run("rm", "int8-0123", "-y", "--json").stdout)["removed"][0]["name"] == "int8-0123"
     assert [entry.name for entry in models.cached()] == ["tiny-moe"]
 
 
@@ -79,6 +79,7 @@ def test_only_cached_names_are_removed(name: str) -> None:
 
 def test_show_as_json(tiny_folder: Path) -> None:
     shown = json.loads(run("show", str(tiny_folder), "--json").stdout)
+    assert shown["schema_version"] == 1
     assert shown["kind"] == "folder"
     assert shown["architecture"] == "LlamaForCausalLM"
     assert shown["weights_bytes"] == 94528 * 4

@@ -8,8 +8,9 @@ import pytest
 
 from infopt.data.choices import BUNDLED_SETS, bundled_choices, read_choices
 from infopt.data.expect import RULES
+from infopt.data.overlap import Fingerprint, Piece, Words, shares
 from infopt.data.prompts import BUNDLED_PROMPTS, read_prompts
-from infopt.data.texts import BUNDLED, content_hash, read_text, shared_passages
+from infopt.data.texts import BUNDLED, content_hash, read_text
 
 FILES = sorted(path.name for path in BUNDLED.iterdir() if path.name != "NOTICE")
 # A changed file changes every stored figure that was measured on it: renew a hash only together with the results.
@@ -44,7 +45,8 @@ def test_notice_names_source_and_permissive_licence(name: str) -> None:
 
 def test_calibration_and_evaluation_share_no_passage() -> None:
     calibration, evaluation = read_text("bundled", "calibration"), read_text("bundled", "evaluation")
-    assert shared_passages(calibration, evaluation) == []
+    own, other = (Words.of([Piece(0, 0, text)], 1) for text in (calibration, evaluation))
+    assert shares(own, Fingerprint.whole(other)) == []
     headwords = [{entry.split("\n")[0] for entry in text.split("\n\n")} for text in (calibration, evaluation)]
     assert not headwords[0] & headwords[1]
 

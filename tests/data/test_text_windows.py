@@ -1,4 +1,4 @@
-"""Windows, overlap and reading of plain text."""
+"""Windows and reading of plain text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infopt.data.texts import read_text, require_disjoint, shared_passages, text_path, windows
+from infopt.data.texts import read_text, text_path, windows
 from infopt.errors import InputError
 
 
@@ -37,16 +37,6 @@ def test_seed_chooses_windows_in_text_order() -> None:
 def test_impossible_windows_are_refused(length: int, limit: int | None) -> None:
     with pytest.raises(InputError):
         windows(range(100), length, limit)
-
-
-def test_shared_passages_need_the_full_run_and_ignore_case_and_punctuation() -> None:
-    words = [f"w{i}" for i in range(20)]
-    passage = " ".join(words)
-    assert shared_passages(passage, " ".join(words[:12])) == []
-    assert shared_passages(passage, "Intro. " + ", ".join(words[:13]).upper()) == [" ".join(words[:13])]
-    with pytest.raises(InputError, match="share 8 runs of 13 words"):
-        require_disjoint(passage, passage)
-    require_disjoint(passage, " ".join(reversed(words)))
 
 
 def test_a_users_text_is_read_from_its_path(tmp_path: Path) -> None:

@@ -130,16 +130,14 @@ def test_drafting_hidden_by_the_library_is_not_counted(model: LlamaForCausalLM, 
 
 def test_the_prefix_cache_reuses_the_common_prefix_and_counts_it(model: LlamaForCausalLM) -> None:
     engine = TransformersEngine(model, prefix=True)
-    engine.generate([request(REPETITIVE, 4)])
-    assert engine.prefix_tokens_reused == 0
+    assert TransformersEngine(model).generate([request(REPETITIVE, 4)]).reused_tokens is None
+    assert engine.generate([request(REPETITIVE, 4)]).reused_tokens == 0
     # The whole prompt is known, but its last token must run.
     first = engine.generate([request(REPETITIVE, 4)])
-    assert engine.prefix_tokens_reused == len(REPETITIVE) - 1
+    assert first.reused_tokens == len(REPETITIVE) - 1
     # A conversation goes on: prompt and answer are known, except the answer's last token, which was never run.
-    engine.generate([request([*REPETITIVE, *first.output_ids[0], 9], 4)])
-    assert engine.prefix_tokens_reused == len(REPETITIVE) - 1 + len(REPETITIVE) + 3
-    engine.generate([request([60, 61], 4)])
-    assert engine.prefix_tokens_reused == len(REPETITIVE) - 1 + len(REPETITIVE) + 3
+    assert engine.generate([request([*REPETITIVE, *first.output_ids[0], 9], 4)]).reused_tokens == len(REPETITIVE) + 3
+    assert engine.generate([request([60, 61], 4)]).reused_tokens == 0
 
 
 def test_a_failed_call_leaves_no_prefix_and_no_hooks_behind(model: LlamaForCausalLM) -> None:
@@ -147,8 +145,8 @@ def test_a_failed_call_leaves_no_prefix_and_no_hooks_behind(model: LlamaForCausa
     engine.generate([request(REPETITIVE, 4)])
     with pytest.raises(IndexError):
         engine.generate([request([*REPETITIVE, 1000], 4)])
-    assert engine.generate([request(REPETITIVE, 8)]).output_ids == (plain(model, REPETITIVE, 8),)
-    assert engine.prefix_tokens_reused == 0
+    again = engine.generate([request(REPETITIVE, 8)])
+    assert (again.output_ids, again.reused_tokens) == ((plain(model, REPETITIVE, 8),), 0)
     assert model.generation_config.eos_token_id == END
 
 

@@ -14,6 +14,7 @@ from infopt.measure.latency import goodput, summarise
 from infopt.measure.window import Instruments, Place, measure_block
 from infopt.protocols import Request, Trace
 from infopt.result import Block, Sample
+from infopt.settings import WARMUP_CAP
 
 PLACE = Place(arm="a", index=3, round=1, position=1)
 
@@ -92,7 +93,7 @@ def test_first_block_warms_up_until_steady_and_later_ones_once() -> None:
 def test_a_warm_up_that_never_settles_is_flagged() -> None:
     engine = FakeEngine(FakeClock(), [Script((100.0 - i,)) for i in range(50)])
     block, samples = run(engine, [[request()]], is_first_block=True)
-    assert sum(sample.warmup for sample in samples) == 20
+    assert sum(sample.warmup for sample in samples) == WARMUP_CAP
     assert any(flag.startswith("warmup.cap: ") for flag in block.flags)
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from infopt.measure.environment import (
     MATCHED,
+    VERSIONS,
     cpu_model,
     cuda_version,
     differences,
     fingerprint,
     gather,
     library,
-    version_differences,
 )
 
 
@@ -68,8 +68,8 @@ def test_only_the_matched_fields_decide() -> None:
 
 def test_other_versions_are_named_apart() -> None:
     here = gather("cpu", 2)
-    assert version_differences(here, here) == []
-    assert version_differences(here, here | {"torch": "1.0"}) == [f"torch: {here['torch']!r} against '1.0'"]
+    assert differences(here, here, VERSIONS) == []
+    assert differences(here, here | {"torch": "1.0"}, VERSIONS) == [f"torch: {here['torch']!r} against '1.0'"]
 
 
 def test_what_is_not_installed_is_none() -> None:

@@ -148,6 +148,12 @@ def test_a_step_that_verifies_drafts_is_one_step() -> None:
     assert shares([drafted])[0]["mbu"].value == pytest.approx(shares([timed(0.01)])[0]["mbu"].value, rel=1e-3)
 
 
+def test_tokens_that_a_prefix_cache_held_are_no_work() -> None:
+    whole = shares([timed(0.01)])[0]["mfu"].value
+    half = shares([timed(0.01).model_copy(update={"reused_tokens": 512})])[0]["mfu"].value
+    assert half / whole == pytest.approx(0.51, abs=0.01)
+
+
 def test_weights_that_fit_in_the_cache_have_no_memory_limit() -> None:
     found, _ = shares([timed(0.01)], weights=50_000_000)
     assert found["mbu"].value is None

@@ -18,7 +18,7 @@ def test_the_first_block_stops_at_the_first_five_without_trend() -> None:
         return float(oracle.linregress(range(5), values).pvalue) < 0.05
 
     first = next(n for n in range(5, 13) if not has_trend(falling_then_flat[n - 5 : n]))
-    assert play(falling_then_flat, is_first_block=True) == (Warmup(first, True), first)
+    assert play(falling_then_flat, is_first_block=True, cap=20) == (Warmup(first, True), first)
     assert 8 < first < 13
 
 

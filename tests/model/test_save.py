@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -187,16 +186,3 @@ def test_an_interrupt_leaves_nothing(tiny_bundle: Bundle, tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         save.save(tiny_bundle, tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_publishing_gives_a_finished_folder_its_name(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    staging = tmp_path / f".out.{os.getpid()}.partial"
-    save.save(tiny_bundle, staging)
-    save.write_text(staging / "infopt.json", json.dumps({"x": 1}))
-    save.require_free_target(tmp_path / "out")
-    save.publish(staging, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert reference.parse(str(tmp_path / "out")).kind == "artifact"
-    save.save(tiny_bundle, staging)
-    with pytest.raises(InputError, match="exists and is not empty"):
-        save.publish(staging, tmp_path / "out")

@@ -69,22 +69,20 @@ def test_a_choice_without_tokens_of_its_own_is_refused() -> None:
         score_choices(lambda ids, mask: ids, same_for_all, ITEMS)  # type: ignore[arg-type]
 
 
-def score(name: str, *, right: bool, source: str = "s") -> ItemScore:
-    return ItemScore(name, source, 0, (-1.0, -2.0), (-1.0, -2.0) if right else (-2.0, -1.0))
+def score(name: str, *, right: bool) -> ItemScore:
+    return ItemScore(name, 0, (-1.0, -2.0), (-1.0, -2.0) if right else (-2.0, -1.0))
 
 
 def test_comparison_counts_flips_both_ways() -> None:
     before = [True] * 30 + [False] * 20
     now = [True] * 22 + [False] * 8 + [True] * 2 + [False] * 18
-    old = [score(f"i{n}", right=right, source="one" if n < 10 else "two") for n, right in enumerate(before)]
-    new = [score(f"i{n}", right=right, source="one" if n < 10 else "two") for n, right in enumerate(now)]
+    old = [score(f"i{n}", right=right) for n, right in enumerate(before)]
+    new = [score(f"i{n}", right=right) for n, right in enumerate(now)]
     result = compare_scores(old, new)
     assert result.broken == tuple(f"i{n}" for n in range(22, 30))
     assert result.fixed == ("i30", "i31")
     assert (result.total, result.correct_reference, result.correct) == (50, 30, 24)
-    assert result.by_source == {"one": (10, 10, 10), "two": (40, 20, 14)}
     assert result.mcnemar_p == pytest.approx(2 * (1 + 10 + 45) / 2**10)
-    assert result.accuracy_reference.estimate == 0.6
     figures = result.figures()
     assert figures["mc.accuracy"].value == pytest.approx(0.48)
     assert figures["mc.delta"].value == pytest.approx(-0.12)
@@ -108,9 +106,9 @@ def test_equal_scores_are_no_proof_of_equality() -> None:
 
 
 def test_a_score_that_is_nan_is_wrong_and_ties_take_the_first() -> None:
-    broken = ItemScore("i", "s", 0, (math.nan, -1.0), (math.nan, -1.0))
+    broken = ItemScore("i", 0, (math.nan, -1.0), (math.nan, -1.0))
     assert (broken.predicted, broken.is_correct) == (None, False)
-    assert ItemScore("i", "s", 1, (-1.0, -1.0), (-1.0, -1.0)).predicted == 0
+    assert ItemScore("i", 1, (-1.0, -1.0), (-1.0, -1.0)).predicted == 0
     result = compare_scores([score("i", right=True)], [broken])
     assert result.broken == ("i",)
     json.dumps({key: value.model_dump() for key, value in result.figures().items()}, allow_nan=False)

@@ -155,6 +155,12 @@ def kind(case: ElementTree.Element) -> str:
     return next((tag for tag in ("failure", "error", "skipped") if case.find(tag) is not None), "passed")
 
 
+@pytest.mark.parametrize("zone", ["Z", "+00:00"])
+def test_junit_times_have_no_zone(comparison: Comparison, zone: str) -> None:
+    made = junit_xml(comparison.model_copy(update={"created_utc": f"2031-01-01T10:15:00{zone}"}))
+    assert 'timestamp="2031-01-01T10:15:00"' in made
+
+
 def test_junit_has_one_case_per_gate(comparison: Comparison) -> None:
     root = suites(comparison)
     assert [suite.get("name") for suite in root] == ["int8", "nf4", "rtn_int4+prompt_lookup", "int8_naive"]

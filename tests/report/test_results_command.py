@@ -30,7 +30,7 @@ def folder(tmp_path: Path, comparison: Comparison, run: Run) -> Path:
             dump(run.model_copy(update={"is_complete": False, "incomplete_reason": "interrupted"})),
         ),
         ("20261122T120000Z-half", "samples.jsonl", ""),
-        ("20261122T130000Z-pair/int8", "samples.jsonl", ""),
+        ("20261122T130000Z-pair/arms/int8", "samples.jsonl", ""),
         ("20261122T140000Z-torn", "run.json", '{"schema_version": 1, "id"'),
         ("notes", "todo.txt", "buy milk"),
         ("examples/20261122T150000Z-x", "samples.jsonl", ""),

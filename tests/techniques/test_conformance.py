@@ -40,9 +40,9 @@ def test_changes_the_model_but_not_its_output_shape_and_dtype(
     assert after.shape == before.shape
     assert after.dtype == before.dtype
     assert torch.isfinite(after).all()
-    assert not torch.equal(after, before)
+    assert torch.equal(after, before) is techniques.find(name).is_record
     # Random weights have no outliers, so even the coarsest technique keeps most of what the model says.
-    assert torch.nn.functional.cosine_similarity(after.flatten(), before.flatten(), dim=0) > 0.9
+    assert torch.nn.functional.cosine_similarity(after.flatten(), before.flatten(), dim=0) > 0.85
 
 
 @every

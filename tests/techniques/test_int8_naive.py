@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from infopt import pipeline, recipe, techniques
 from infopt.errors import MissingNeedError
 from infopt.model.bundle import Bundle
 from infopt.model.plan import LoadPlan
-from infopt.techniques.int8_naive import Int8Naive, Int8NaiveOptions
+from infopt.protocols import Shapes
 
 
 def quantized(bundle: Bundle) -> set[str]:
@@ -39,8 +40,11 @@ def test_runs_in_float32_on_the_cpu_whatever_was_stored(make: Callable[..., Any]
     tiny_bundle.model.to(torch.bfloat16)
     bundle = make("int8_naive").apply(tiny_bundle, Context())
     assert bundle.model(torch.tensor([[5, 6, 7]])).logits.dtype == torch.float32
-    with pytest.raises(MissingNeedError, match="CPU only, and this model is on cuda"):
-        Int8Naive(Int8NaiveOptions()).plan(LoadPlan(device="cuda"))
+    chosen = recipe.load("int8_naive", techniques.find)
+    shapes = Shapes("tiny", 2, 64, 4, 2, 16, 320, 512, {}, None, True, 320 * 64, 64)
+    with pytest.raises(MissingNeedError, match=r"steps\[0\]\.int8_naive: runs on the CPU only"):
+        pipeline.build_techniques(chosen, shapes, "cuda")
+    assert pipeline.build_techniques(chosen, shapes, "cpu")
 
 
 def test_packed_weights_are_counted(make: Callable[..., Any], build: Callable[..., Any], tiny_bundle: Bundle) -> None:

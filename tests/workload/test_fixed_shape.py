@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infopt.errors import InputError
-from infopt.workload.shapes import FixedShape, sweep
+from infopt.workload.shapes import FixedShape
 
 TEXT = tuple(range(1000))
 
@@ -78,11 +78,3 @@ def test_one_token_outputs_are_allowed() -> None:
 def test_a_text_too_short_for_different_prompts_is_refused() -> None:
     with pytest.raises(InputError, match="has 14 tokens; 15 different prompts"):
         shape(text_ids=tuple(range(14)))
-
-
-def test_a_sweep_is_every_length_with_every_batch() -> None:
-    found = sweep(prompts=(8, 16), batches=(1, 4), new_tokens=2, requests=2, text_ids=TEXT, context=64)
-    assert [(one.prompt_tokens, one.batch) for one in found] == [(8, 1), (8, 4), (16, 1), (16, 4)]
-    assert [one.name for one in found] == ["8+2x1", "8+2x4", "16+2x1", "16+2x4"]
-    with pytest.raises(InputError, match="allows 64"):
-        sweep(prompts=(8, 63), batches=(1,), new_tokens=2, requests=2, text_ids=TEXT, context=64)

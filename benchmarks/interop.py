@@ -1,0 +1,288 @@
+"""Which engines read what infopt writes: every artifact and export × every reader, each reader in its own Python.
+
+    make interop
+    python benchmarks/interop.py --only 'rtn_*' --readers transformers,vllm --out results/interop
+
+A reader is a script, run as `PYTHON script REQUEST.json ANSWER.json`, that imports the engine and nothing of infopt's models:
+
+    request  {"folder": path, "dtype": "float32", "prompts": [[ids]], "new_tokens": n, "text": [ids], "texts": [str]}
+    answer   {"versions": {name: version}, and either "error": one line,
+              or "outputs": [{"tokens": [ids], "logprobs": […], "margins": […]}], one per prompt, greedy, past end tokens,
+                 "text_logprobs": of each id of `text` but the first,
+                 "encoded" (optional): ids of each of `texts`, by the reader's own tokenizer}
+
+What is expected comes from the dense float32 weights that the artifact stands for (for an export: those that are in the
+file), run in transformers. A prompt counts as equal when all its tokens are; as a tie when the first other token comes
+where the two likeliest were nearer to each other than the reader's log-probabilities are to the expected ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import interop_transformers
+
+from infopt import __version__, arms, optimize, recipe
+from infopt.data import texts
+from infopt.errors import InfoptError
+from infopt.export import export
+from infopt.export.source import open_source, probe_texts
+from infopt.model.cache import cache_dir
+from infopt.settings import LoadOptions
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+OPTIONS = LoadOptions(device="cpu")
+
+#: Recipes whose artifacts are read. Those that are not there yet are left out.
+RECIPES = (
+    "bf16", "int8", "rtn_int8", "rtn_int4", "rtn_int3", "rtn_w8a8", "gptq", "gptq_int4", "gptq_int8", "awq", "awq_int4",
+    "smoothquant", "smoothquant_w8a8", "autoround", "mixed", "qat", "fp8", "mxfp4", "nvfp4", "nf4", "bnb_int8",
+)  # fmt: skip
+#: (name, recipe or None for the model itself, format, type)
+EXPORTS = (
+    *((f"gguf-{kind}", None, "gguf", kind) for kind in ("f16", "bf16", "q8_0", "q6_k", "q5_k", "q4_1", "q4_0")),
+    ("rtn_int4-gguf-q4_0", "rtn_int4", "gguf", "q4_0"),
+    ("int8-gguf-q8_0", "int8", "gguf", "q8_0"),
+    *((f"onnx-{kind}", None, "onnx", kind) for kind in ("fp32", "int8", "int4")),
+)
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n    ",
+    "The three states of matter are",
+)
+NEW_TOKENS = 24
+TEXT_TOKENS = 256
+TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`python` None: this one. A reader whose Python is not there is listed as not installed."""
+
+    name: str
+    script: str
+    formats: tuple[str, ...]
+    python: Path | None = None
+
+
+def readers() -> tuple[Reader, ...]:
+    environments = cache_dir() / "envs"
+    return (
+        Reader("transformers", "interop_transformers.py", ("folder", "gguf")),
+        Reader("transformers, oldest", "interop_transformers.py", ("folder", "gguf"), ROOT / ".venv-oldest" / "bin" / "python"),
+        Reader("vllm", "interop_vllm.py", ("folder",), environments / "vllm" / "bin" / "python"),
+        Reader("llama.cpp", "interop_llama.py", ("gguf",)),
+        Reader("onnxruntime-genai", "interop_genai.py", ("onnx",)),
+    )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to read. `reference`: the model or artifact whose dense weights say what to expect."""
+
+    name: str
+    format: str
+    path: Path
+    reference: str
+    bytes: int
+
+
+@dataclass
+class Row:
+    subject: str
+    format: str
+    reader: str
+    versions: dict[str, str] = field(default_factory=dict)
+    loads: bool = False
+    verdict: str = "does not load"
+    """equal | ties | DIFFERENT | does not load | not installed"""
+    equal_prompts: int | None = None
+    prompts: int | None = None
+    max_abs_logprob_difference: float | None = None
+    mean_abs_logprob_difference: float | None = None
+    texts_encoded_alike: int | None = None
+    texts: int | None = None
+    layers: dict[str, int] | None = None
+    reason: str | None = None
+
+
+def subjects(model: str, only: str, work: Path) -> Iterator[Subject]:
+    """Artifacts from infopt's cache, made there if need be, and exports, made afresh."""
+    made: dict[str, Path] = {}
+    for name in RECIPES:
+        wanted = fnmatch(name, only) or any(source == name and fnmatch(export_name, only) for export_name, source, *_ in EXPORTS)
+        if not wanted or name not in recipe.shipped():
+            continue
+        print(f"making {name}", file=sys.stderr)
+        try:
+            folder = optimize.ensure(arms.spec(model, name, (), None), OPTIONS)
+        except InfoptError as error:
+            print(f"  {error}", file=sys.stderr)
+            continue
+        if folder is not None:
+            made[name] = folder
+            if fnmatch(name, only):
+                yield Subject(name, "folder", folder, str(folder), _bytes(folder))
+    for name, source, to, kind in EXPORTS:
+        if not fnmatch(name, only) or (source is not None and source not in made):
+            continue
+        print(f"exporting {name}", file=sys.stderr)
+        origin = model if source is None else str(made[source])
+        path = work / (f"{name}.gguf" if to == "gguf" else name)
+        try:
+            export(origin, to, kind, path, OPTIONS)
+        except InfoptError as error:
+            print(f"  {error}", file=sys.stderr)
+            continue
+        yield Subject(name, to, path, str(path) if to == "gguf" else origin, _bytes(path))
+
+
+def _bytes(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
+
+
+def expected(subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The request, and what its answer should be."""
+    source = open_source(subject.reference, OPTIONS, lambda line: None)
+    tokenizer = source.bundle.tokenizer
+    tried = probe_texts(tokenizer)
+    request = {
+        "folder": str(subject.path),
+        "dtype": "float32",
+        "prompts": [tokenizer(text)["input_ids"] for text in PROMPTS],
+        "new_tokens": NEW_TOKENS,
+        "text": tokenizer(texts.read_text("bundled", "evaluation")[:4000], verbose=False)["input_ids"][:TEXT_TOKENS],
+        "texts": tried,
+    }
+    wanted = interop_transformers.answer(source.bundle.model, request)
+    wanted["encoded"] = [list(tokenizer(text, verbose=False)["input_ids"]) for text in tried]
+    source.close()
+    gc.collect()
+    return request, wanted
+
+
+def ask(reader: Reader, request: dict[str, Any], work: Path) -> dict[str, Any]:
+    """The reader's answer; `error` when it cannot give one."""
+    question, answer = work / "request.json", work / "answer.json"
+    question.write_text(json.dumps(request), encoding="utf-8")
+    answer.unlink(missing_ok=True)
+    command = [str(reader.python or sys.executable), str(HERE / reader.script), str(question), str(answer)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=work, env=environment)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {TIMEOUT_S} s"}
+    if not answer.is_file():
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        return {"error": f"exit code {done.returncode}: {lines[-1][:300] if lines else 'no message'}"}
+    found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    return found
+
+
+def judge(subject: Subject, reader: Reader, found: dict[str, Any], wanted: dict[str, Any]) -> Row:
+    """One line of the table."""
+    row = Row(subject.name, subject.format, reader.name, found.get("versions", {}), layers=found.get("layers"))
+    if "error" in found:
+        row.reason = found["error"]
+        return row
+    pairs = list(zip(found["text_logprobs"], wanted["text_logprobs"], strict=True))
+    gaps = [abs(a - b) for a, b in pairs]
+    row.loads = True
+    row.prompts = len(wanted["outputs"])
+    row.max_abs_logprob_difference, row.mean_abs_logprob_difference = max(gaps), sum(gaps) / len(gaps)
+    parted = [_parting(a["tokens"], b) for a, b in zip(found["outputs"], wanted["outputs"], strict=True)]
+    row.equal_prompts = sum(margin is None for margin in parted)
+    # Both of the two likeliest tokens may move, in opposite directions.
+    are_ties = all(margin is None or margin <= 2 * max(gaps) for margin in parted)
+    row.verdict = "equal" if row.equal_prompts == row.prompts else "ties" if are_ties else "DIFFERENT"
+    if row.verdict == "DIFFERENT":
+        row.reason = f"a token differs where the expected one was {max(m for m in parted if m is not None):.3g} nats ahead"
+    if "encoded" in found:
+        row.texts = len(wanted["encoded"])
+        row.texts_encoded_alike = sum(a == b for a, b in zip(found["encoded"], wanted["encoded"], strict=True))
+    return row
+
+
+def _parting(tokens: list[int], wanted: dict[str, Any]) -> float | None:
+    """How far ahead the expected token was where the answers part; None when they do not."""
+    for token, expected_token, margin in zip(tokens, wanted["tokens"], wanted["margins"], strict=True):
+        if token != expected_token:
+            return float(margin)
+    return None
+
+
+def markdown(rows: list[Row], model: str) -> str:
+    """The table for people."""
+    head = "| what | format | reader | version | reads | prompts equal | max Δ log p | texts encoded alike | reason if not |"
+    lines = [
+        f"# What reads what: `{model}`",
+        "",
+        f"infopt {__version__}, {datetime.now(UTC).date()}, {platform.machine()}. {NEW_TOKENS} greedy tokens for each of "
+        f"{len(PROMPTS)} prompts, and the log-probabilities of {TEXT_TOKENS} tokens of text in nats, against the dense float32 "
+        "weights in transformers. `ties`: another token only where the two likeliest were nearer than the log-probabilities "
+        "differ anyway. llama.cpp rounds activations to 8 bits, onnxruntime-genai too at int8 and int4. ONNX int8 and int4 are "
+        "held against the unquantized model: they are quantized by their builder.",
+        "",
+        head,
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        version = ", ".join(f"{name} {number}" for name, number in list(row.versions.items())[:1])
+        prompts = "–" if row.prompts is None else f"{row.equal_prompts} of {row.prompts}"
+        gap = "–" if row.max_abs_logprob_difference is None else f"{row.max_abs_logprob_difference:.2g}"
+        alike = "–" if row.texts is None else f"{row.texts_encoded_alike} of {row.texts}"
+        reason = (row.reason or "").replace("|", "\\|")
+        cells = (row.subject, row.format, row.reader, version, row.verdict, prompts, gap, alike, reason)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--only", default="*", help="glob over recipes' and exports' names")
+    parser.add_argument("--readers", default="", help="their names, separated by commas; all by default")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "interop")
+    arguments = parser.parse_args()
+    chosen = [reader for reader in readers() if not arguments.readers or reader.name in arguments.readers.split(",")]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for subject in subjects(arguments.model, arguments.only, Path(scratch)):
+            fitting = [reader for reader in chosen if subject.format in reader.formats]
+            if not fitting:
+                continue
+            request, wanted = expected(subject)
+            for reader in fitting:
+                if reader.python is not None and not reader.python.exists():
+                    row = Row(subject.name, subject.format, reader.name, verdict="not installed", reason=f"no {reader.name} here")
+                else:
+                    row = judge(subject, reader, ask(reader, request, Path(scratch)), wanted)
+                rows.append(row)
+                print(f"{row.subject} in {row.reader}: {row.verdict} {row.reason or ''}", file=sys.stderr)
+                write(rows, arguments.model, arguments.out)  # after each: a run that is stopped leaves what it found
+
+
+def write(rows: list[Row], model: str, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    document = {"schema_version": 1, "model": model, "infopt": __version__, "rows": [asdict(row) for row in rows]}
+    (out / "interop.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    (out / "interop.md").write_text(markdown(rows, model), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

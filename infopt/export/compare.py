@@ -1,0 +1,82 @@
+"""An export against what it should be, and against what it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from infopt.errors import LoadBackError
+from infopt.export.record import Against, LoadBackCheck
+from infopt.units import significant
+
+if TYPE_CHECKING:
+    import torch
+
+_HINT = "this is a defect of the export or of that reader; please report it"
+
+
+def top1(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Share of positions where both [tokens, vocabulary] have the same likeliest token."""
+    return float((first.argmax(-1) == second.argmax(-1)).float().mean())
+
+
+def against(before: torch.Tensor, after: torch.Tensor, ids: torch.Tensor) -> Against:
+    """What the storage type costs, on the probe: logits [tokens, vocabulary] of the same `ids` [1, tokens]."""
+    from torch.nn.functional import cross_entropy
+
+    losses = [float(cross_entropy(logits[:-1], ids[0, 1:])) for logits in (before, after)]
+    return Against(
+        max_abs_logit_difference=float((before - after).abs().max()),
+        top1_agreement=top1(before, after),
+        perplexity_ratio=float(2.718281828459045 ** (losses[1] - losses[0])),
+    )
+
+
+def close_enough(
+    expected: torch.Tensor, found: torch.Tensor, tolerance: float | None, floor: float | None, reader: str, texts: int
+) -> LoadBackCheck:
+    """Raises LoadBackError when the logits [tokens, vocabulary] of `reader` differ by more than `tolerance`, or agree on
+    the likeliest token at fewer positions than `floor`."""
+    import torch
+
+    difference, same = float((expected - found).abs().max()), top1(expected, found)
+    is_finite = bool(torch.isfinite(found).all())
+    if not is_finite or (tolerance is not None and not difference <= tolerance):
+        raise LoadBackError(
+            f"the export, loaded by {reader}, gives logits up to {significant(difference)} away from the weights that were "
+            f"written (allowed: {significant(tolerance)}); nothing was written",
+            hint=_HINT,
+        )
+    if floor is not None and same < floor:
+        raise LoadBackError(
+            f"the export, loaded by {reader}, has the source's likeliest token at {same:.0%} of the positions (at least "
+            f"{floor:.0%} is asked for); nothing was written",
+            hint="a type of more bits",
+        )
+    return LoadBackCheck(
+        reader=reader,
+        tokens=expected.shape[0],
+        max_abs_logit_difference=difference,
+        tolerance=tolerance,
+        top1_agreement=same,
+        top1_floor=floor,
+        texts=texts,
+    )
+
+
+def encoded(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[int]]:
+    """Each text's ids, special tokens included as the tokenizer adds them."""
+    return {text: list(tokenizer(text, verbose=False)["input_ids"]) for text in texts}
+
+
+def same_tokens(expected: Mapping[str, Sequence[int]], tokenizer: Any, reader: str) -> None:
+    """Raises LoadBackError when the export's tokenizer encodes a text in another way, naming the first place."""
+    for text, ids in expected.items():
+        found = list(tokenizer(text, verbose=False)["input_ids"])
+        if found != list(ids):
+            place = next((i for i, (a, b) in enumerate(zip(ids, found, strict=False)) if a != b), min(len(ids), len(found)))
+            raise LoadBackError(
+                f"the export's tokenizer, loaded by {reader}, encodes a text in another way: {text[:60]!r}, token {place}; "
+                "nothing was written",
+                hint=_HINT,
+            )

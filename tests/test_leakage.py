@@ -1,0 +1,238 @@
+"""What an arm was calibrated on does not judge it, unless that is allowed, and then it is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stub_techniques import chosen, register
+
+from infopt import arm_run, arms, assess, bench, compare, leakage, optimize
+from infopt.arms import ArmSpec
+from infopt.artifact import Artifact, read_artifact
+from infopt.data.texts import BUNDLED, content_hash
+from infopt.errors import InputError, RecipeError
+from infopt.model import load
+from infopt.model.bundle import Bundle
+from infopt.needs import Needs
+from infopt.protocols import Context
+from infopt.recipe import Recipe
+from infopt.settings import LoadOptions, QualitySettings, Settings, WorkloadSpec
+from infopt.techniques.base import Technique
+
+CPU = LoadOptions(device="cpu")
+ALLOWED = replace(CPU, allow_leakage=True)
+QUALITY = QualitySettings(fidelity_tokens=64, choice_items=2, behaviour_prompts=1)
+PASSAGE = " ".join(f"word{number}" for number in range(200))
+
+
+class Calibrated(Technique):
+    """Reads calibration text and changes nothing."""
+
+    needs = Needs(calibration=True)
+
+    def apply(self, bundle: Bundle, context: Context) -> Bundle:
+        assert context.calibration_ids
+        return bundle
+
+
+def recipe(text: Path | str, samples: int = 1, tokens: int = 16) -> Recipe:
+    return chosen("calibrated", calibration={"text": str(text), "samples": samples, "tokens": tokens})
+
+
+@pytest.fixture(autouse=True)
+def _calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(Calibrated, monkeypatch)
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*arguments: Any, **named: Any) -> Any:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(load, "load", read)
+
+
+@pytest.fixture
+def no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*arguments: Any, **named: Any) -> Any:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(bench, "WorkerProcess", start)
+    monkeypatch.setattr(compare, "WorkerProcess", start)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Artifact, str]]:
+    """An artifact that was calibrated on a text that is gone."""
+    folder = tmp_path_factory.mktemp("leakage")
+    text = folder / "own.txt"
+    text.write_text(PASSAGE, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INFOPT_CACHE", str(folder / "cache"))
+        register(Calibrated, patch)
+        document = optimize.optimize("tiny", recipe(text), folder / "out", CPU)
+        text.unlink()
+        yield folder / "out", document, PASSAGE
+
+
+def write(path: Path, content: str) -> str:
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+# --- optimize --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("evaluation.txt", "evaluation text share"),
+        ("hellaswag.jsonl", "multiple-choice items share passages in 30 of 60"),
+        ("prompts.jsonl", "prompts share passages in"),
+    ],
+)
+def test_optimize_refuses_text_that_infopt_judges_by(tmp_path: Path, no_weights: None, name: str, what: str) -> None:
+    content = (BUNDLED / name).read_text(encoding="utf-8")
+    if name == "hellaswag.jsonl":
+        items = [json.loads(line) for line in content.splitlines()]
+        content = "\n\n".join(f"{item['question']} {item['choices'][item['answer']]}" for item in items)
+    elif name == "prompts.jsonl":
+        rows = [json.loads(line) for line in content.splitlines()]
+        content = "".join(json.dumps({"text": row["prompt"]}) + "\n" for row in rows if "prompt" in row)
+    text = write(tmp_path / ("own.jsonl" if name == "prompts.jsonl" else "own.txt"), content)
+    with pytest.raises(InputError, match=what) as caught:
+        optimize.optimize("tiny", recipe(text), tmp_path / "out", CPU)
+    assert str(caught.value).startswith("own: calibration and")
+    assert "--allow-leakage" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_optimize_says_so_where_it_was_allowed(tmp_path: Path) -> None:
+    document = optimize.optimize("tiny", recipe(BUNDLED / "evaluation.txt"), tmp_path / "out", ALLOWED)
+    assert len(document.leaks) == 1
+    assert "calibration and evaluation text share" in document.leaks[0]
+    assert read_artifact(tmp_path / "out").leaks == document.leaks
+    assert "**judged on what it has seen**" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_artifact_keeps_hash_and_fingerprint(made: tuple[Path, Artifact, str]) -> None:
+    folder, document, text = made
+    assert document.leaks == ()
+    assert document.calibration_hash == content_hash(text)
+    assert (folder / leakage.FILE).stat().st_size < 6000
+    assert "judged on what it has seen" not in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_without_a_step_that_reads_it_the_text_does_not_matter(tmp_path: Path) -> None:
+    free = chosen({"rtn": {"group_size": 32}}, calibration={"text": "gone.txt"})
+    document = optimize.optimize("tiny", free, tmp_path / "out", CPU)
+    assert document.calibration_hash is None
+    assert not (tmp_path / "out" / leakage.FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "samples", "tokens", "message"),
+    [
+        ("", 1, 16, "own.txt: the file is empty"),
+        ("short", 1, 16, "has 5 tokens, which fill 0 windows of 16; calibration.samples asks for 1"),
+        ("x" * 40, 3, 16, "has 40 tokens, which fill 2 windows of 16; calibration.samples asks for 3"),
+        ("x" * 5000, 1, 4096, "calibration.tokens: found 4096; allowed: the model's context of 2048 at most"),
+        (None, 1, 16, "own.txt: no such file"),
+    ],
+)
+def test_calibration_text_that_is_no_good_is_refused_before_a_weight_is_read(
+    tmp_path: Path, no_weights: None, content: str | None, samples: int, tokens: int, message: str
+) -> None:
+    if content is not None:
+        write(tmp_path / "own.txt", content)
+    with pytest.raises(InputError, match=message) as caught:
+        optimize.optimize("tiny", recipe(tmp_path / "own.txt", samples, tokens), tmp_path / "out", CPU)
+    assert caught.value.hint or isinstance(caught.value, RecipeError)
+    assert not (tmp_path / "out").exists()
+
+
+# --- bench and compare -----------------------------------------------------------------------------------------------
+
+
+def spec(folder: Path) -> ArmSpec:
+    return arms.spec(str(folder), None)
+
+
+def test_an_artifact_is_refused_without_its_text(made: tuple[Path, Artifact, str], tmp_path: Path, no_workers: None) -> None:
+    settings = Settings(quality=replace(QUALITY, text=write(tmp_path / "eval.txt", f"Intro. {made[2].upper()}")))
+    both = [arms.spec("tiny", None), spec(made[0])]
+    for options in (CPU, replace(CPU, seed=1)):
+        with pytest.raises(
+            InputError, match=r"^out: calibration and evaluation text share 188 runs of 13 words, e\.g\. 'word0 word1"
+        ):
+            bench.bench(spec(made[0]), WorkloadSpec(), options, settings, blocks=1, results=tmp_path / "results")
+        with pytest.raises(InputError, match=r"^out: calibration and evaluation"):
+            compare.compare(both, WorkloadSpec(), options, settings, compare.Protocol(), results=tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+    leakage.require_unseen([spec(made[0])], QUALITY, False)
+    leakage.require_unseen([spec(made[0])], settings.quality, True)
+    leakage.require_unseen([spec(made[0])], None, False)
+
+
+def test_a_recipe_is_refused_before_its_steps_run(tmp_path: Path, no_workers: None, no_weights: None) -> None:
+    text = write(tmp_path / "own.txt", PASSAGE)
+    arm = ArmSpec("own", "tiny", recipe(text))
+    settings = Settings(quality=replace(QUALITY, text=text))
+    with pytest.raises(InputError, match=r"^own: calibration and evaluation text share"):
+        bench.bench(arm, WorkloadSpec(), CPU, settings, blocks=1, results=tmp_path / "results")
+    with pytest.raises(AssertionError, match="a process was started"):
+        bench.bench(arm, WorkloadSpec(), ALLOWED, settings, blocks=1, results=tmp_path / "results")
+
+
+def test_items_and_prompts_count_as_much_as_text(made: tuple[Path, Artifact, str], tmp_path: Path) -> None:
+    words = made[2].split()
+    item = {"question": " ".join(words[5:20]), "choices": ["a", "b"], "answer": 0}
+    items = write(tmp_path / "items.jsonl", json.dumps(item) + "\n" + json.dumps({**item, "question": "something else"}))
+    prompts = write(tmp_path / "prompts.jsonl", json.dumps({"prompt": " ".join(words[50:59])}))
+    found = leakage.found(spec(made[0]), replace(QUALITY, choices_file=items, prompts_file=prompts))
+    both = "calibration and {} share passages in 1 of {}, e.g. {!r}"
+    assert found == {
+        "behaviour": both.format("prompts", 1, " ".join(words[50:58])),
+        "tasks": both.format("multiple-choice items", 2, " ".join(words[5:18])),
+    }
+    only = replace(QUALITY, choices_file=items, prompts_file=prompts, choice_items=0, behaviour_prompts=0)
+    assert leakage.found(spec(made[0]), only) == {}, "what is not used does not count"
+
+
+def test_quality_fails_tier_by_tier_or_tells_that_it_was_allowed(made: tuple[Path, Artifact, str], tmp_path: Path) -> None:
+    settings = replace(QUALITY, behaviour_prompts=0, text=write(tmp_path / "eval.txt", made[2]))
+    base = arms.spec("tiny", None)
+    ((_, refused),) = assess.assess(base, [spec(made[0])], CPU, settings, lambda line: None)
+    assert list(refused["failed"]) == ["fidelity"]
+    assert "tasks" in refused
+    with pytest.raises(InputError, match="quality cannot be judged: out: calibration and evaluation text share"):
+        assess.check(base, [spec(made[0])], CPU, settings)
+    assess.check(base, [spec(made[0])], ALLOWED, settings)
+    ((_, allowed),) = assess.assess(base, [spec(made[0])], ALLOWED, settings, lambda line: None)
+    assert allowed["failed"] == {}
+    (remark,) = allowed["leakage"]
+    assert remark.startswith("judged on what it has seen: calibration and evaluation text share")
+    run = arm_run.ArmRun(spec(made[0]), CPU, WorkloadSpec(), Settings(), tmp_path, lambda line: None)
+    run.take_quality(allowed)
+    assert f"out: {remark}" in run.warnings()
+    assert run.quality["leakage"] == allowed["leakage"]
+
+
+def test_an_artifact_without_its_fingerprint_is_told(made: tuple[Path, Artifact, str], tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in made[0].iterdir():
+        if path.name != leakage.FILE:
+            (bare / path.name).write_bytes(path.read_bytes())
+    assert leakage.found(spec(bare), QUALITY) == {}
+    (remark,) = leakage.remarks(spec(bare), {})
+    assert "may have been calibrated on what it is judged on" in remark
+    assert leakage.remarks(spec(made[0]), {}) == ()
+    (bare / leakage.FILE).write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="cannot be read"):
+        leakage.require_unseen([spec(bare)], QUALITY, False)
