@@ -120,7 +120,9 @@ def unfinished(out: Path, key: str, resume: bool | None) -> Iterator[Path]:
         yield folder
     except BaseException as error:
         lasting = isinstance(error, KeyboardInterrupt | SystemExit | DiskFullError)
-        if not (lasting and any(folder.glob("*/*"))):
+        if lasting and any(folder.glob("*/*")):
+            error.add_note("the same command with --resume goes on from the last finished block")
+        else:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stub_techniques import chosen, register
@@ -45,18 +46,21 @@ def command(model: Path, recipe: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "infopt", "optimize", str(model), "-r", str(recipe), "-o", str(out), *more]
 
 
+def wait_for(path: Path, child: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.is_file():
+        assert child.poll() is None, "it ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def test_kill_9_in_block_12_then_resume_gives_the_identical_artifact(deep: Path, tmp_path: Path) -> None:
     recipe, out = tmp_path / "own.yaml", tmp_path / "out"
     recipe.write_text(RECIPE, encoding="utf-8")
     subprocess.run(command(deep, recipe, tmp_path / "whole", "--quiet"), check=True, capture_output=True)
 
     child = subprocess.Popen(command(deep, recipe, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    finished = tmp_path / ".out.unfinished" / "0-gptq"
-    deadline = time.monotonic() + 120
-    while not (finished / "model.layers.11.safetensors").is_file():
-        assert child.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for(tmp_path / ".out.unfinished" / "0-gptq" / "model.layers.11.safetensors", child)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     assert not out.exists()
@@ -66,6 +70,20 @@ def test_kill_9_in_block_12_then_resume_gives_the_identical_artifact(deep: Path,
     assert not (tmp_path / ".out.unfinished").exists()
     for name in ("model.safetensors", "config.json", "recipe.yaml"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_ctrl_c_tells_how_to_go_on(deep: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "own.yaml", tmp_path / "out"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    child = subprocess.Popen(command(deep, recipe, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / ".out.unfinished" / "0-gptq" / "model.layers.1.safetensors", child)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert said.splitlines()[-2:] == [
+        "error: interrupted",
+        "hint: the same command with --resume goes on from the last finished block",
+    ]
 
 
 def test_resume_is_refused_where_it_cannot_be_right(deep: Path, tmp_path: Path) -> None:

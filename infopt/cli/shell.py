@@ -34,13 +34,13 @@ class Shell(TyperGroup):
             with terminable():
                 return super().invoke(ctx)
         except InfoptError as error:
-            fail(str(error), error.hint)
+            fail(str(error), "; ".join([*filter(None, [error.hint]), *_notes(error)]))
             raise typer.Exit(int(error.exit_code)) from None
         except KeyboardInterrupt as error:
             terminated = isinstance(error, Terminated)
             is_measuring = ctx.invoked_subcommand in ("bench", "compare", "demo")
             hint = "what was measured before is in the results folder, marked incomplete" if is_measuring else None
-            fail("terminated" if terminated else "interrupted", hint)
+            fail("terminated" if terminated else "interrupted", "; ".join(_notes(error)) or hint)
             raise typer.Exit(int(Exit.TERMINATED if terminated else Exit.INTERRUPTED)) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader left, as `| head` does
@@ -68,6 +68,11 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was added to an error on its way up: how to go on."""
+    return list(getattr(error, "__notes__", ()))
 
 
 def fail(message: str, hint: str | None = None) -> None:

@@ -96,6 +96,16 @@ def check_ignore(shapes: Shapes, ignore: Iterable[str], path: str) -> None:
         )
 
 
+def check_head_ignored(shapes: Shapes, ignore: Iterable[str], path: str) -> None:
+    """Refuses an output head of its own, for methods that go through the decoder blocks one by one. Raises RecipeError."""
+    if shapes.head and not shapes.is_head_tied and not is_ignored(HEAD, ignore):
+        raise RecipeError(
+            f"{path}.ignore",
+            f"{HEAD} lies beside the decoder blocks, which is all that this step goes through",
+            hint=f"add {HEAD} to ignore",
+        )
+
+
 def predict(
     grid: Grid, layers: Mapping[str, tuple[int, int]], shapes: Shapes, before: Prediction, machine: Machine
 ) -> Prediction:

@@ -28,6 +28,7 @@ class GptqOptions(Options):
     bits: Literal[2, 3, 4, 8] = 4
     group_size: int | None = Field(default=64, ge=8)
     symmetric: bool = True
+    activations: Literal["none", "token"] = "none"
     act_order: bool = True
     damping: float = Field(default=0.01, gt=0, lt=1)
     true_sequential: bool = True
@@ -45,6 +46,8 @@ class Gptq(Technique):
     bits             2, 3, 4 or 8 per weight, default 4.
     group_size       input features that share a scale, ≥ 8, default 64; must divide every layer's inputs. null: per row.
     symmetric        true (default): q·scale. false: (q − zero)·scale, closer at 3 bits and below.
+    activations      none (default), or token: inputs are rounded to int8 too while the model runs, one scale per token (W8A8).
+                     Needs bits: 8 and group_size: null; put smoothquant before it.
     act_order        round columns in the order of falling H diagonal, so that what matters most has most columns left to
                      make up for it; groups keep their places and their scales are fixed beforehand ("static groups"), so
                      nothing is stored or run differently. Default true. false: a group's scales are fitted when its
@@ -64,10 +67,12 @@ class Gptq(Technique):
     @property
     def _grid(self) -> Grid:
         o = self.options
-        return Grid(o.bits, o.group_size, o.scale_dtype, o.symmetric)
+        return Grid(o.bits, o.group_size, o.scale_dtype, o.symmetric, activations=o.activations)
 
     def check(self, shapes: Shapes, path: str) -> None:
         grid.check_ignore(shapes, self.options.ignore, path)
+        grid.check_head_ignored(shapes, self.options.ignore, path)
+        grid.check_activations(self._grid, path)
         grid.check_groups(grid.chosen(shapes, self.options.ignore), self.options.group_size, f"{path}.group_size")
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
@@ -77,7 +82,9 @@ class Gptq(Technique):
         if not packing.linears(bundle, self.options.ignore):
             return bundle
         packed = blocks.walk(bundle, context, self.options.ignore, self._round_block)
-        return replace(bundle, packed=packed, save_config=packing.config(self._grid, packing.left_alone(bundle.model, packed)))
+        config = packing.config(self._grid, packing.left_alone(bundle.model, packed))
+        packing.activate(bundle.model, packed, self._grid)
+        return replace(bundle, packed=packed, save_config=config)
 
     def _round_block(self, block: Block) -> None:
         from infopt.calibrate.hessian import Hessian

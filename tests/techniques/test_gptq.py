@@ -150,3 +150,21 @@ def test_a_short_text_is_enough_with_damping(make: Callable[..., Any], tiny_bund
     """Fewer tokens than inputs: the Hessian alone has no inverse, the damped one has."""
     bundle = make("gptq").apply(tiny_bundle, Context(calibration_ids=(CALIBRATION[0][:16],)))
     assert all(torch.isfinite(p).all() for p in bundle.model.parameters())
+
+
+def test_refuses_a_head_of_its_own(make: Callable[..., Any]) -> None:
+    with pytest.raises(RecipeError, match="lm_head lies beside the decoder blocks"):
+        make("gptq", ignore=[], group_size=32).check(shapes.shapes(reference.parse("tiny-qwen2")), "steps[0].gptq")
+
+
+def test_eight_bits_with_activations_load_back(
+    make: Callable[..., Any], build: Callable[..., Any], logits: Callable[..., Any], tmp_path: Path
+) -> None:
+    technique = make("gptq", bits=8, group_size=None, activations="token")
+    technique.check(shapes.shapes(reference.parse("tiny")), "steps[0].gptq")
+    bundle = build(technique)
+    save.save(bundle, tmp_path / "out")
+    again = technique.reopen(load.load(reference.parse(str(tmp_path / "out"))))
+    torch.testing.assert_close(logits(again), logits(bundle), rtol=0, atol=1e-5)
+    with pytest.raises(RecipeError, match="found 4; allowed with activations: token is 8"):
+        make("gptq", activations="token", group_size=None).check(shapes.shapes(reference.parse("tiny")), "steps[0].gptq")
