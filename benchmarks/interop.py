@@ -9,11 +9,14 @@ A reader is a script, run as `PYTHON script REQUEST.json ANSWER.json`, that impo
     answer   {"versions": {name: version}, and either "error": one line,
               or "outputs": [{"tokens": [ids], "logprobs": […], "margins": […]}], one per prompt, greedy, past end tokens,
                  "text_logprobs": of each id of `text` but the first,
-                 "encoded" (optional): ids of each of `texts`, by the reader's own tokenizer}
+                 "encoded" (optional): ids of each of `texts`, by the reader's own tokenizer,
+                 "layers" (optional): how many layers run in which kernel, "dtype" (optional): when not the one asked for}
 
-What is expected comes from the dense float32 weights that the artifact stands for (for an export: those that are in the
-file), run in transformers. A prompt counts as equal when all its tokens are; as a tie when the first other token comes
-where the two likeliest were nearer to each other than the reader's log-probabilities are to the expected ones.
+What is expected comes from the dense float32 weights that the artifact stands for (for a GGUF file: those in the file; for
+an artifact that rounds activations: infopt's own layers; for llama.cpp: with activations rounded as it does), run in
+transformers. A prompt counts as equal when all its tokens are; as a tie when the first other token comes where the two
+likeliest were nearer to each other than the reader's log-probabilities are to the expected ones. A tie excuses nothing
+where the text's perplexity is off by more than 2 %: then the reader has other weights.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import subprocess
@@ -33,14 +37,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import interop_rounding
 import interop_transformers
 
-from infopt import __version__, arms, optimize, recipe
+from infopt import __version__, arms, optimize, pipeline, recipe, techniques
+from infopt.backends import environments
 from infopt.data import texts
 from infopt.errors import InfoptError
 from infopt.export import export
 from infopt.export.source import open_source, probe_texts
-from infopt.model.cache import cache_dir
 from infopt.settings import LoadOptions
 
 HERE = Path(__file__).parent
@@ -49,8 +54,9 @@ OPTIONS = LoadOptions(device="cpu")
 
 #: Recipes whose artifacts are read. Those that are not there yet are left out.
 RECIPES = (
-    "bf16", "int8", "rtn_int8", "rtn_int4", "rtn_int3", "rtn_w8a8", "gptq", "gptq_int4", "gptq_int8", "awq", "awq_int4",
-    "smoothquant", "smoothquant_w8a8", "autoround", "mixed", "qat", "fp8", "mxfp4", "nvfp4", "nf4", "bnb_int8",
+    "bf16", "rtn_int8", "int8", "rtn_int4", "gptq_int4", "gptq_int3", "awq_int4", "autoround_int4", "mixed", "mixed_int4",
+    "qat_int3", "qat_int4", "rtn_w8a8", "smoothquant_int8", "fp8", "mxfp4", "nvfp4", "nf4", "bnb_int8", "llmcompressor_gptq",
+    "llmcompressor_smoothquant", "llmcompressor_fp8", "llmcompressor_nvfp4",
 )  # fmt: skip
 #: (name, recipe or None for the model itself, format, type)
 EXPORTS = (
@@ -68,6 +74,7 @@ PROMPTS = (
 NEW_TOKENS = 24
 TEXT_TOKENS = 256
 TIMEOUT_S = 1800
+PERPLEXITY_OFF = 0.02
 
 
 @dataclass(frozen=True)
@@ -80,12 +87,13 @@ class Reader:
     python: Path | None = None
 
 
-def readers() -> tuple[Reader, ...]:
-    environments = cache_dir() / "envs"
+def readers(vllm: Path | None) -> tuple[Reader, ...]:
+    found = environments.ENVIRONMENTS.get("vllm")
+    own = found.interpreter if found else environments.root() / "vllm" / "bin" / "python"
     return (
         Reader("transformers", "interop_transformers.py", ("folder", "gguf")),
         Reader("transformers, oldest", "interop_transformers.py", ("folder", "gguf"), ROOT / ".venv-oldest" / "bin" / "python"),
-        Reader("vllm", "interop_vllm.py", ("folder",), environments / "vllm" / "bin" / "python"),
+        Reader("vllm", "interop_vllm.py", ("folder",), vllm or own),
         Reader("llama.cpp", "interop_llama.py", ("gguf",)),
         Reader("onnxruntime-genai", "interop_genai.py", ("onnx",)),
     )
@@ -100,6 +108,8 @@ class Subject:
     path: Path
     reference: str
     bytes: int
+    is_same: bool = True
+    """False: its builder quantized the reference anew, so that it is another model and tells its distance only."""
 
 
 @dataclass
@@ -110,7 +120,7 @@ class Row:
     versions: dict[str, str] = field(default_factory=dict)
     loads: bool = False
     verdict: str = "does not load"
-    """equal | ties | DIFFERENT | does not load | not installed"""
+    """equal | ties | DIFFERENT | requantized | does not load | not installed | not compared"""
     equal_prompts: int | None = None
     prompts: int | None = None
     max_abs_logprob_difference: float | None = None
@@ -118,6 +128,9 @@ class Row:
     texts_encoded_alike: int | None = None
     texts: int | None = None
     layers: dict[str, int] | None = None
+    dtype: str | None = None
+    """What the reader computed in, where it says so."""
+    perplexity_ratio: float | None = None
     reason: str | None = None
 
 
@@ -149,15 +162,15 @@ def subjects(model: str, only: str, work: Path) -> Iterator[Subject]:
         except InfoptError as error:
             print(f"  {error}", file=sys.stderr)
             continue
-        yield Subject(name, to, path, str(path) if to == "gguf" else origin, _bytes(path))
+        yield Subject(name, to, path, str(path) if to == "gguf" else origin, _bytes(path), to == "gguf" or kind == "fp32")
 
 
 def _bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
 
 
-def expected(subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The request, and what its answer should be."""
+def expected(subject: Subject) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The request, and what its answer should be, by reader; that of `*` is for all others."""
     source = open_source(subject.reference, OPTIONS, lambda line: None)
     tokenizer = source.bundle.tokenizer
     tried = probe_texts(tokenizer)
@@ -169,8 +182,16 @@ def expected(subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
         "text": tokenizer(texts.read_text("bundled", "evaluation")[:4000], verbose=False)["input_ids"][:TEXT_TOKENS],
         "texts": tried,
     }
-    wanted = interop_transformers.answer(source.bundle.model, request)
-    wanted["encoded"] = [list(tokenizer(text, verbose=False)["input_ids"]) for text in tried]
+    model: Any = source.bundle.model
+    if source.rounds_activations:  # then the dense weights alone are not what the artifact computes
+        engine = recipe.load(str(subject.path / "recipe.yaml"), techniques.find).engine
+        model = pipeline.reopen(subject.path, engine, "cpu", OPTIONS).model
+    wanted = {"*": interop_transformers.answer(model, request)}
+    if subject.format == "gguf":
+        with interop_rounding.llama_inputs(model, subject.path):
+            wanted["llama.cpp"] = interop_transformers.answer(model, request)
+    for answer in wanted.values():
+        answer["encoded"] = [list(tokenizer(text, verbose=False)["input_ids"]) for text in tried]
     source.close()
     gc.collect()
     return request, wanted
@@ -196,7 +217,9 @@ def ask(reader: Reader, request: dict[str, Any], work: Path) -> dict[str, Any]:
 
 def judge(subject: Subject, reader: Reader, found: dict[str, Any], wanted: dict[str, Any]) -> Row:
     """One line of the table."""
-    row = Row(subject.name, subject.format, reader.name, found.get("versions", {}), layers=found.get("layers"))
+    row = Row(
+        subject.name, subject.format, reader.name, found.get("versions", {}), layers=found.get("layers"), dtype=found.get("dtype")
+    )
     if "error" in found:
         row.reason = found["error"]
         return row
@@ -210,7 +233,14 @@ def judge(subject: Subject, reader: Reader, found: dict[str, Any], wanted: dict[
     # Both of the two likeliest tokens may move, in opposite directions.
     are_ties = all(margin is None or margin <= 2 * max(gaps) for margin in parted)
     row.verdict = "equal" if row.equal_prompts == row.prompts else "ties" if are_ties else "DIFFERENT"
-    if row.verdict == "DIFFERENT":
+    row.perplexity_ratio = math.exp(sum(b - a for a, b in pairs) / len(pairs))
+    if not subject.is_same:
+        row.verdict = "requantized"
+        row.reason = f"the text's perplexity is {row.perplexity_ratio - 1:+.1%} off the unquantized model's"
+    elif abs(row.perplexity_ratio - 1) > PERPLEXITY_OFF:
+        row.verdict = "DIFFERENT"
+        row.reason = f"the text's perplexity is {row.perplexity_ratio - 1:+.1%} off"
+    elif row.verdict == "DIFFERENT":
         row.reason = f"a token differs where the expected one was {max(m for m in parted if m is not None):.3g} nats ahead"
     if "encoded" in found:
         row.texts = len(wanted["encoded"])
@@ -235,14 +265,15 @@ def markdown(rows: list[Row], model: str) -> str:
         f"infopt {__version__}, {datetime.now(UTC).date()}, {platform.machine()}. {NEW_TOKENS} greedy tokens for each of "
         f"{len(PROMPTS)} prompts, and the log-probabilities of {TEXT_TOKENS} tokens of text in nats, against the dense float32 "
         "weights in transformers. `ties`: another token only where the two likeliest were nearer than the log-probabilities "
-        "differ anyway. llama.cpp rounds activations to 8 bits, onnxruntime-genai too at int8 and int4. ONNX int8 and int4 are "
-        "held against the unquantized model: they are quantized by their builder.",
+        "differ anyway. llama.cpp rounds activations, mostly to 8 bits, and is held against the same rounding. ONNX int8 and "
+        "int4 are held against the unquantized model: their builder quantizes them, and the engine rounds activations.",
         "",
         head,
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         version = ", ".join(f"{name} {number}" for name, number in list(row.versions.items())[:1])
+        version += f", {row.dtype}" if row.dtype not in (None, "float32") else ""
         prompts = "–" if row.prompts is None else f"{row.equal_prompts} of {row.prompts}"
         gap = "–" if row.max_abs_logprob_difference is None else f"{row.max_abs_logprob_difference:.2g}"
         alike = "–" if row.texts is None else f"{row.texts_encoded_alike} of {row.texts}"
@@ -258,27 +289,45 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="glob over recipes' and exports' names")
     parser.add_argument("--readers", default="", help="their names, separated by commas; all by default")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "interop")
+    parser.add_argument("--vllm", type=Path, help="the Python that has vLLM; that of `infopt env install vllm` by default")
     arguments = parser.parse_args()
-    chosen = [reader for reader in readers() if not arguments.readers or reader.name in arguments.readers.split(",")]
+    chosen = [
+        reader for reader in readers(arguments.vllm) if not arguments.readers or reader.name in arguments.readers.split(",")
+    ]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         for subject in subjects(arguments.model, arguments.only, Path(scratch)):
             fitting = [reader for reader in chosen if subject.format in reader.formats]
             if not fitting:
                 continue
-            request, wanted = expected(subject)
+            try:
+                request, wanted = expected(subject)
+            except InfoptError as error:  # nothing plain to hold it against
+                rows += [
+                    Row(subject.name, subject.format, reader.name, verdict="not compared", reason=str(error))
+                    for reader in fitting
+                ]
+                write(rows, arguments.model, arguments.out)
+                continue
             for reader in fitting:
                 if reader.python is not None and not reader.python.exists():
                     row = Row(subject.name, subject.format, reader.name, verdict="not installed", reason=f"no {reader.name} here")
                 else:
-                    row = judge(subject, reader, ask(reader, request, Path(scratch)), wanted)
+                    row = judge(subject, reader, ask(reader, request, Path(scratch)), wanted.get(reader.name, wanted["*"]))
                 rows.append(row)
                 print(f"{row.subject} in {row.reader}: {row.verdict} {row.reason or ''}", file=sys.stderr)
                 write(rows, arguments.model, arguments.out)  # after each: a run that is stopped leaves what it found
 
 
 def write(rows: list[Row], model: str, out: Path) -> None:
+    """The table, with the rows that an earlier run over the same model left and this one did not make again."""
     out.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads((out / "interop.json").read_text()) if (out / "interop.json").is_file() else {}
+    again = {(row.subject, row.reader) for row in rows}
+    if earlier.get("model") == model:
+        rows = [row for old in earlier["rows"] if ((row := Row(**old)).subject, row.reader) not in again] + rows
+    order = [*RECIPES, *(name for name, *_ in EXPORTS)]
+    rows.sort(key=lambda row: (order.index(row.subject) if row.subject in order else len(order), row.reader))
     document = {"schema_version": 1, "model": model, "infopt": __version__, "rows": [asdict(row) for row in rows]}
     (out / "interop.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     (out / "interop.md").write_text(markdown(rows, model), encoding="utf-8")

@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Literal
 
 from infopt import needs, recipe, techniques
+from infopt.backends import install
 from infopt.measure import energy, environment, nvml
 from infopt.model.cache import cache_dir
 from infopt.model.demo import cached_folder
@@ -43,7 +44,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything, in the order it is printed."""
-    return [*_machine(), *_libraries(), *_recipes(), *_measuring(), _demo()]
+    return [*_machine(), *_libraries(), *_environments(), *_recipes(), *_measuring(), _demo()]
 
 
 def _machine() -> list[Finding]:
@@ -85,6 +86,16 @@ def _libraries() -> list[Finding]:
         except metadata.PackageNotFoundError:
             found.append(Finding(name, "missing", f"not installed: {use}", f"{sys.executable} -m pip install {name}"))
     return found
+
+
+def _environments() -> list[Finding]:
+    """Back-ends with an environment of their own; all of them optional."""
+    return [
+        Finding(f"environment {each.name}", "ok", f"{each.version}: {each.about}")
+        if each.is_installed
+        else Finding(f"environment {each.name}", "missing", f"not installed: {each.about}", f"infopt env install {each.name}")
+        for each in install.listed()
+    ]
 
 
 def _recipes() -> list[Finding]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infopt import artifact, pipeline
+from infopt import artifact, leakage, pipeline
 from infopt.model import atomic, load, reference, save, shapes
 from infopt.protocols import Machine, Prediction, Shapes
 from infopt.recipe import Recipe
@@ -53,9 +53,11 @@ def forecast(model: str, chosen: Recipe, out: Path, options: LoadOptions) -> For
     artifact.require_reference(model)
     save.require_free_target(out)
     ref = pipeline.resolve(model, options)
+    leakage.of_recipe(chosen, options.allow_leakage)
     device = pipeline.device_name(options.device)
     machine = pipeline.machine(device, pipeline.set_threads(options.threads))
     found = shapes.shapes(ref)
+    pipeline.calibration_ids(ref, chosen)  # refuses what is too short
     open_s = _open_seconds()
     stored = shapes.stored_bytes(ref)
     loaded = _loaded(chosen, found, stored, machine, open_s)

@@ -54,9 +54,14 @@ class StepLog(Observer):
     @contextmanager
     def step(self, index: int) -> Iterator[None]:
         memory.reset_peak(self.device)
+        children = memory.child_peak_bytes()
         start = time.perf_counter()
         yield
-        self._steps[index] = _Step(time.perf_counter() - start, memory.peak_bytes(self.device))
+        seconds, peak = time.perf_counter() - start, memory.peak_bytes(self.device)
+        # A step that works out of process holds its memory there.
+        if memory.child_peak_bytes() > children and not self.device.startswith("cuda"):
+            peak = max(peak or 0, memory.child_peak_bytes())
+        self._steps[index] = _Step(seconds, peak)
 
     def done(self, index: int, bundle: Bundle) -> None:
         """Judges the model after a step, unless running it now would spoil it: some quantizers repack at the first run."""

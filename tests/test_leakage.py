@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from stub_techniques import chosen, register
 
-from infopt import arm_run, arms, assess, bench, compare, leakage, optimize
+from infopt import arm_run, arms, assess, bench, compare, forecast, leakage, optimize, pipeline
 from infopt.arms import ArmSpec
 from infopt.artifact import Artifact, read_artifact
 from infopt.data.texts import BUNDLED, content_hash
@@ -146,12 +146,22 @@ def test_without_a_step_that_reads_it_the_text_does_not_matter(tmp_path: Path) -
     ],
 )
 def test_calibration_text_that_is_no_good_is_refused_before_a_weight_is_read(
-    tmp_path: Path, no_weights: None, content: str | None, samples: int, tokens: int, message: str
+    tmp_path: Path,
+    no_weights: None,
+    monkeypatch: pytest.MonkeyPatch,
+    content: str | None,
+    samples: int,
+    tokens: int,
+    message: str,
 ) -> None:
+    monkeypatch.setattr(pipeline, "machine", lambda device, threads: None)
     if content is not None:
         write(tmp_path / "own.txt", content)
+    own = recipe(tmp_path / "own.txt", samples, tokens)
+    with pytest.raises(InputError, match=message):
+        forecast.forecast("tiny", own, tmp_path / "out", CPU)
     with pytest.raises(InputError, match=message) as caught:
-        optimize.optimize("tiny", recipe(tmp_path / "own.txt", samples, tokens), tmp_path / "out", CPU)
+        optimize.optimize("tiny", own, tmp_path / "out", CPU)
     assert caught.value.hint or isinstance(caught.value, RecipeError)
     assert not (tmp_path / "out").exists()
 

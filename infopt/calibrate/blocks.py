@@ -224,13 +224,14 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, blocks: nn.ModuleList, samples: tuple[tuple[int, ...], ...], device: torch.device
+    model: nn.Module, blocks: nn.ModuleList, samples: tuple[tuple[int, ...], ...], device: torch.device, rows: int | None = None
 ) -> tuple[list[torch.Tensor], list[dict[int, dict[str, Any]]]]:
     """What enters the first block, a batch each, and what every block is called with beside it.
 
-    No block runs: each hands its input on. So embeddings, masks and rotary angles are all that is computed.
+    No block runs: each hands its input on. So embeddings, masks and rotary angles are all that is computed. `rows`:
+    samples in a batch, by memory when None.
     """
-    rows = rows_at_once(blocks[0], len(samples[0]))
+    rows = rows or rows_at_once(blocks[0], len(samples[0]))
     inputs: list[torch.Tensor] = []
     arguments: list[dict[int, dict[str, Any]]] = [{} for _ in blocks]
 

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -108,12 +109,11 @@ class _Trial:
         return [tuple(names) for names in together.values()]
 
     def candidates(self, readers: tuple[str, ...]) -> Iterator[Fold]:
-        """The norm whose output the readers get, and the layers beside them that ran before."""
+        """The norm whose output the readers get, and the layers beside them that ran before, the last first."""
         first, parent = self.seen.inputs[readers[0]], readers[0].rpartition(".")[0]
         inner, head = first.shape[-1], getattr(self.module.get_submodule(parent), "head_dim", None)
-        for name, y in self.seen.outputs.items():
-            if name == readers[0]:
-                return
+        before = list(takewhile(lambda made: made[0] != readers[0], self.seen.outputs.items()))
+        for name, y in reversed(before):
             if name not in self.seen.inputs:
                 if y.data_ptr() == first.data_ptr() and self.module.get_parameter(f"{name}.weight").shape == (inner,):
                     yield from (Fold(name, readers, torch.arange(inner), offset) for offset in (0.0, 1.0))

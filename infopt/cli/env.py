@@ -42,7 +42,8 @@ def list_environments(as_json: AsJson = False) -> None:
 
     found = use_case.listed()
     if as_json:
-        return typer.echo(json.dumps({"schema_version": 1, "environments": [asdict(each) for each in found]}, indent=2, default=str))
+        document = {"schema_version": 1, "environments": [asdict(each) for each in found]}
+        return typer.echo(json.dumps(document, indent=2, default=str))
     for each in found:
         state = "installed" if each.is_installed else ABSENT
         taken = ABSENT if each.bytes is None else size(each.bytes)

@@ -45,7 +45,7 @@ def lines(made: Export) -> list[str]:
     """The report for people."""
     from infopt import units
 
-    found = [f"{name}: {len(tensors)} tensors" for name, tensors in made.stored.items()]
+    found = [f"{name}: {len(tensors)} tensor{'s' * (len(tensors) != 1)}" for name, tensors in made.stored.items()]
     for check in made.checks:
         allowed = (
             f"allowed {units.significant(check.tolerance)}"

@@ -92,5 +92,5 @@ def _candidates(keys: NDArray[np.int64], sizes: NDArray[np.int64], universe: int
         one, other = row[:-distance][meets], row[distance:][meets]
         small, large = np.minimum(sizes[one], sizes[other]), np.maximum(sizes[one], sizes[other])
         fits = small >= THRESHOLD * large
-        pairs = np.unique(np.stack([one[fits], other[fits]]), axis=1)
-        yield from zip(pairs[0].tolist(), pairs[1].tolist(), strict=True)
+        first, second = np.divmod(distinct(one[fits] * len(sizes) + other[fits]), len(sizes))
+        yield from zip(first.tolist(), second.tolist(), strict=True)

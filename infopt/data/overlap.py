@@ -140,8 +140,8 @@ class Words:
 
         hashes, first = self.units(length)
         chosen = _members(hashes, distinct(among))
-        pairs = np.unique(np.stack([hashes[chosen], self.row[first[chosen]].astype(np.uint64)]), axis=1)
-        found, counts = np.unique(pairs[0], return_counts=True)
+        in_rows, _, _ = _pairs(hashes[chosen], self.row[first[chosen]])
+        found, counts = np.unique(in_rows, return_counts=True)
         return found[counts > TEMPLATE_ROWS]
 
 
@@ -269,6 +269,7 @@ def partners(own: Words, other: Words, rows: Iterable[Share]) -> dict[int, int]:
     import numpy as np
 
     best: dict[int, int] = {}
+    rows = list(rows)
     shares_by_length = {length: [share.row for share in rows if share.length == length] for length in (RUN, SHORT_RUN)}
     for length, wanted in shares_by_length.items():
         hashes, first = own.judged(length)
@@ -282,10 +283,22 @@ def partners(own: Words, other: Words, rows: Iterable[Share]) -> dict[int, int]:
             continue
         at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
         hit = known[at] == hashes
-        pairs, counts = np.unique(np.stack([mine[hit], other.row[where[index[at[hit]]]]]), axis=1, return_counts=True)
-        for number in np.lexsort((-pairs[1], counts)):  # the last one stays
-            best[int(pairs[0][number])] = int(pairs[1][number])
+        rows_here, rows_there, counts = _pairs(mine[hit], other.row[where[index[at[hit]]]])
+        order = np.lexsort((-rows_there, counts))  # of a row here, the last one stays
+        best |= dict(zip(rows_here[order].tolist(), rows_there[order].tolist(), strict=True))
     return best
+
+
+def _pairs(first: Any, second: Indices) -> tuple[Any, Indices, Indices]:
+    """The different pairs of elements, ascending, and how often each occurs."""
+    import numpy as np
+
+    order = np.lexsort((second, first))
+    first, second = first[order], second[order]
+    is_new = np.ones(len(first), dtype=bool)
+    is_new[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
+    starts = np.flatnonzero(is_new)
+    return first[starts], second[starts], np.diff(starts, append=len(first))
 
 
 def quote(text: str, first: int, length: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from infopt.errors import LoadBackError
@@ -69,14 +69,22 @@ def encoded(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[int]]:
     return {text: list(tokenizer(text, verbose=False)["input_ids"]) for text in texts}
 
 
-def same_tokens(expected: Mapping[str, Sequence[int]], tokenizer: Any, reader: str) -> None:
-    """Raises LoadBackError when the export's tokenizer encodes a text in another way, naming the first place."""
+def parting(expected: Mapping[str, Sequence[int]], encode: Callable[[str], Sequence[int]]) -> dict[str, int]:
+    """The texts that `encode` makes other ids of than `expected`: text → the first token that differs."""
+    found = {}
     for text, ids in expected.items():
-        found = list(tokenizer(text, verbose=False)["input_ids"])
-        if found != list(ids):
-            place = next((i for i, (a, b) in enumerate(zip(ids, found, strict=False)) if a != b), min(len(ids), len(found)))
-            raise LoadBackError(
-                f"the export's tokenizer, loaded by {reader}, encodes a text in another way: {text[:60]!r}, token {place}; "
-                "nothing was written",
-                hint=_HINT,
-            )
+        made = list(encode(text))
+        if made != list(ids):
+            pairs = enumerate(zip(ids, made, strict=False))
+            found[text] = next((index for index, (a, b) in pairs if a != b), min(len(ids), len(made)))
+    return found
+
+
+def same_tokens(expected: Mapping[str, Sequence[int]], encode: Callable[[str], Sequence[int]], reader: str) -> None:
+    """Raises LoadBackError when `reader` encodes a text in another way, naming the first place."""
+    for text, place in parting(expected, encode).items():
+        raise LoadBackError(
+            f"the export's tokenizer, loaded by {reader}, encodes a text in another way: {text[:60]!r}, token {place}; "
+            "nothing was written",
+            hint=_HINT,
+        )

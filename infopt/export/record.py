@@ -18,7 +18,7 @@ class LoadBackCheck(Record):
     top1_agreement: float
     top1_floor: float | None = None
     texts: int
-    """Texts that its tokenizer encodes as the source's does: all that were tried."""
+    """Texts that its tokenizer encodes as the source's does."""
     answers: int | None = None
     """Prompts that were answered greedily in `reader`; `same_answers`: how many in the source's own tokens."""
     same_answers: int | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,8 @@ class Source:
     notes: list[str] = field(default_factory=list)
     was_packed: bool = False
     """The files hold packed weights, not those that `bundle` has."""
+    rounds_activations: bool = False
+    """The artifact rounds the inputs of its layers too; `bundle` does not."""
 
     @property
     def bundle(self) -> Bundle:
@@ -89,30 +93,52 @@ def open_source(model: str, options: LoadOptions, progress: Progress) -> Source:
 def _make_plain(source: Source) -> None:
     """Replaces packed layers by float32 ones. Raises InputError for layers that cannot be."""
     import torch
-    from torch import nn
 
     from infopt.layers import packing
 
     model: Any = source.bundle.model
     modules = dict(model.named_modules())
     packed = [name for name, module in modules.items() if getattr(module, "quantization_scheme", None) is not None]
-    source.was_packed = bool(packed) or getattr(model, "hf_quantizer", None) is not None
+    source.was_packed = getattr(model, "hf_quantizer", None) is not None
     if packed:
         source.scales = {f"{name}.weight": scale for name in packed if (scale := _scale(modules[name])) is not None}
-        rounds_inputs = any(modules[name].quantization_scheme.input_activations is not None for name in packed)
-        packing.open_packed(model)
+        inputs = (modules[name].quantization_scheme.input_activations for name in packed)
+        source.rounds_activations = any(arguments is not None for arguments in inputs)
+        packing.open_packed(model, _plain_layer)
         source.notes.append(f"{len(packed)} layers of the source are packed: they were dequantized first")
-        if rounds_inputs:
+        if source.rounds_activations:
             source.notes.append("the artifact rounds activations too; the export does not")
-    elif getattr(model, "hf_quantizer", None) is not None:
-        with quiet():
+    elif _odd(model):
+        with suppress(AttributeError, ValueError, NotImplementedError), quiet():  # what stays odd is refused below
             model.dequantize()
-        source.notes.append(f"{type(model.hf_quantizer).__name__}: its layers were dequantized, and stored again")
-    odd = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and type(module) is not nn.Linear]
-    odd += [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
-    if odd:
-        raise InputError(f"{source.text}: {odd[0]} has no plain weight to export", hint="export the reference instead")
+        source.notes.append("quantized layers of the source were dequantized first")
+    if found := _odd(model):
+        raise InputError(f"{source.text}: {found} has no plain weight to export", hint="export the reference instead")
     model.to(torch.float32)
+
+
+def _odd(model: Any) -> str | None:
+    """The first linear layer or parameter that does not hold plain numbers."""
+    from torch import nn
+
+    layers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and type(module) is not nn.Linear)
+    parameters = (name for name, parameter in model.named_parameters() if not parameter.is_floating_point())
+    return next(chain(layers, parameters), None)
+
+
+def _plain_layer(module: Any) -> Any:
+    """A packed layer's weights alone: what it does to its inputs is left out."""
+    import torch
+    from torch import nn
+
+    from infopt.layers import packing
+
+    found = packing.unpacked(module, torch.float32)
+    if type(found) is nn.Linear:
+        return found
+    plain = nn.Linear(found.in_features, found.out_features, bias=found.bias is not None, device="meta")
+    plain.weight, plain.bias = found.weight, found.bias
+    return plain
 
 
 def _scale(module: Any) -> NDArray[np.float32] | None:

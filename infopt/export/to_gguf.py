@@ -58,7 +58,7 @@ def export(model: str, out: Path, kind: str, options: LoadOptions, progress: Pro
         gc.collect()
         progress("loading back")
         read = load.load(reference.parse(str(path)))
-        compare.same_tokens(texts, read.tokenizer, READER)
+        compare.same_tokens(texts, lambda text: compare.encoded(read.tokenizer, [text])[text], READER)
         if isinstance(template, str) and read.tokenizer.chat_template != template:
             raise LoadBackError("the export's chat template is not the source's; nothing was written")
         check = compare.close_enough(expected, probe(read, ids), TOLERANCE, None, READER, len(texts))

@@ -19,7 +19,7 @@ from infopt import pipeline
 from infopt.errors import InfoptError, InputError, LoadBackError, MissingNeedError, unknown
 from infopt.export import compare
 from infopt.export.record import Export
-from infopt.export.source import Source, open_source, probe_ids, probe_texts
+from infopt.export.source import TRICKY, Source, open_source, probe_ids, probe_texts
 from infopt.model import atomic, reference, save
 from infopt.needs import Needs, missing_need
 from infopt.optimize import probe
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 #: Type → the least share of positions where the likeliest token must be the source's. A broken graph agrees on almost
 #: none; what 4 bits cost depends on the model, and `against_source` says it.
 TOP1_FLOORS = {"fp32": 0.99, "int8": 0.8, "int4": 0.3}
+#: The builder's own options. By default it puts a head that is the embedding too in 4 bits: on the demo model the likeliest
+#: token is then the source's at 60 % of the positions, with an 8-bit head and llama.cpp's search for scales at 70 %.
+BUILDER_OPTIONS = {"int4": ("algo_config=k_quant", "matmul_mixed_precision=last_matmul:int8")}
 #: Largest |logit| change of fp32: another library's kernels, the same weights.
 TOLERANCE = 5e-3
 READER = "onnxruntime-genai"
@@ -62,7 +65,8 @@ def export(model: str, out: Path, kind: str, options: LoadOptions, progress: Pro
     answers = [greedy(source.bundle.model, prompt) for prompt in prompts]
     texts = compare.encoded(source.bundle.tokenizer, probe_texts(source.bundle.tokenizer))
     if kind != "fp32":
-        source.notes.append(f"{kind}: quantized by onnxruntime-genai's builder, by rounding, from the source's plain weights")
+        head = ", the head in 8" if kind in BUILDER_OPTIONS else ""
+        source.notes.append(f"quantized to {kind}{head} by onnxruntime-genai's builder, from the source's plain weights")
     with atomic.new_folder(out, source.bundle.resident_bytes()) as staging:
         with tempfile.TemporaryDirectory(dir=staging, prefix="work-") as scratch:
             folder = _plain_folder(source, Path(scratch))
@@ -72,11 +76,14 @@ def export(model: str, out: Path, kind: str, options: LoadOptions, progress: Pro
             _build(folder, staging, kind, Path(scratch))
         progress("loading back")
         reader = Reader(staging)
-        reader.check_texts(texts)
+        odd = compare.parting(texts, reader.encode)
+        compare.same_tokens({text: ids for text, ids in texts.items() if text not in TRICKY}, reader.encode, READER)
+        if odd:  # its tokenizer.json is the source's own
+            source.notes.append(f"{READER}'s own tokenizer encodes {len(odd)} of {len(texts)} unusual texts differently")
         found = reader.logits(ids)
         same = sum(reader.greedy(prompt) == answer for prompt, answer in zip(prompts, answers, strict=True))
         check = compare.close_enough(
-            expected, found, TOLERANCE if kind == "fp32" else None, TOP1_FLOORS[kind], READER, len(texts)
+            expected, found, TOLERANCE if kind == "fp32" else None, TOP1_FLOORS[kind], READER, len(texts) - len(odd)
         )
         if kind == "fp32" and same < len(prompts):
             raise LoadBackError(
@@ -133,6 +140,8 @@ def _plain_folder(source: Source, scratch: Path) -> Path:
 
 def _build(folder: Path, target: Path, kind: str, scratch: Path) -> None:
     arguments = ["-m", str(folder), "-o", str(target), "-p", kind, "-e", "cpu", "-c", str(scratch / "cache")]
+    if kind in BUILDER_OPTIONS:
+        arguments += ["--extra_options", *BUILDER_OPTIONS[kind]]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *arguments]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
@@ -181,8 +190,6 @@ class Reader:
             made.append(int(generator.get_next_tokens()[0]))
         return made
 
-    def check_texts(self, expected: dict[str, list[int]]) -> None:
-        def encode(text: str, **named: Any) -> dict[str, list[int]]:
-            return {"input_ids": [int(token) for token in self._tokenizer.encode(text)]}
-
-        compare.same_tokens(expected, encode, READER)
+    def encode(self, text: str) -> list[int]:
+        """As the engine's own tokenizer does."""
+        return [int(token) for token in self._tokenizer.encode(text)]

@@ -32,7 +32,7 @@ def round_groups(x: torch.Tensor, overall: torch.Tensor | None = None) -> torch.
 
     Without `overall`: with a power of two per 32 features. With it, float32 [1]: with an E4M3 scale per 16 ÷ `overall`.
     """
-    groups = x.unflatten(-1, (-1, 32 if overall is None else 16))
+    groups = x.reshape(*x.shape[:-1], -1, 32 if overall is None else 16)
     largest = groups.abs().amax(-1, keepdim=True)
     if overall is None:
         scale = small_floats.power_of_two(largest).to(x.dtype)

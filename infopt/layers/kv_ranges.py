@@ -29,7 +29,7 @@ class Ranges:
 
 def attention_of(block: nn.Module) -> str:
     """The name of a decoder block's attention. Raises InputError where there is not exactly one that caches keys."""
-    found = [
+    found: list[str] = [
         name
         for name, module in block.named_modules()
         if "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx") and hasattr(module, "k_proj")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from infopt.model.bundle import Bundle
 
+
 def linears(bundle: Bundle, ignore: Iterable[str]) -> dict[str, nn.Linear]:
     """The layers to quantize, by dotted name.
 
@@ -168,6 +169,7 @@ def store(
     rule, codec = scheme(grid), BaseCompressor.get_value_from_registry(grid.format)
     state = {"weight": weight.float(), "weight_scale": scales.scale}
     if scales.zero is not None:
+        _require_readable_zeros(scales.zero, grid)
         state["weight_zero_point"] = scales.zero.to(torch.int8)
     if scales.overall is not None:
         state |= {"weight_scale": scales.scale * scales.overall, "weight_global_scale": scales.overall.clone()}
@@ -180,14 +182,21 @@ def store(
     return {name: tensor.contiguous().cpu() for name, tensor in packed.items()}, dense.to(dtype)
 
 
+def _require_readable_zeros(zero: torch.Tensor, grid: Grid) -> None:
+    """compressed-tensors 0.20 fails to unpack the 4-bit zero points of several groups from a single word a group."""
+    if grid.bits == 4 and zero.shape[0] <= 8 and zero.shape[1] > 1:
+        raise InputError(
+            f"a layer of {zero.shape[0]} outputs cannot have 4-bit zero points, which compressed-tensors would not read back",
+            hint="add it to ignore, or set symmetric: true",
+        )
+
+
 def pack(weight: torch.Tensor, grid: Grid, overall: torch.Tensor | None = None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Rounds one [out, in] weight to the nearest points of `grid`. Returns what `store` returns."""
     return store(weight, fit(weight, grid, overall=overall), grid)
 
 
-def activate(
-    model: nn.Module, names: Iterable[str], grid: Grid, input_scales: Mapping[str, torch.Tensor] | None = None
-) -> None:
+def activate(model: nn.Module, names: Iterable[str], grid: Grid, input_scales: Mapping[str, torch.Tensor] | None = None) -> None:
     """Lets the linear layers `names` round their inputs as `grid.activations` says; they keep their weights.
 
     `input_scales`: nvfp4's calibrated float32 scale of each layer's input, [1].

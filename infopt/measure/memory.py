@@ -35,6 +35,15 @@ def host_peak_bytes(proc: Path = Path("/proc/self")) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def child_peak_bytes() -> int:
+    """Peak resident memory of the largest process that this one has run and waited for; 0 where there was none."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
 def reset_peak(device: str) -> None:
     """Starts the peak of `device`, or of this process for the CPU, anew."""
     reset_host_peak()

@@ -20,7 +20,8 @@ class Bundle:
 
     `description` says what was really loaded ("SmolLM2-135M-Instruct, dequantized from Q4_1/Q8_0").
     `save_config` is the `quantization_config` dict to write into the saved `config.json` when a technique packs
-    weights itself; `packed` maps a module's dotted name to the tensors to store in place of its `weight`.
+    weights itself; `packed` maps a module's dotted name to the tensors to store in place of its `weight`. `files`: what a
+    technique has to say beside the weights, name → text.
     """
 
     model: PreTrainedModel
@@ -30,6 +31,7 @@ class Bundle:
     steps: tuple[str, ...] = ()
     save_config: dict[str, Any] | None = None
     packed: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -30,7 +30,7 @@ class Saved:
 
 
 def save(bundle: Bundle, folder: Path, extra_files: Mapping[str, str] | None = None) -> Saved:
-    """Writes model, tokenizer and `extra_files` (name → text) into `folder`, which must not exist or be empty.
+    """Writes model, tokenizer, the bundle's files and `extra_files` (name → text) into `folder`, which must be new or empty.
 
     Raises InputError for a folder in use or a model without a file format, DiskFullError.
     """
@@ -41,7 +41,7 @@ def save(bundle: Bundle, folder: Path, extra_files: Mapping[str, str] | None = N
     with atomic.new_folder(folder, _bytes(bundle, tensors) + _OTHER_FILES_BYTES) as temporary:
         _write_model(bundle, tensors, temporary)
         bundle.tokenizer.save_pretrained(temporary)
-        for name, text in (extra_files or {}).items():
+        for name, text in {**bundle.files, **(extra_files or {})}.items():
             (temporary / name).write_text(text, encoding="utf-8")
         return Saved(checkpoint.tensor_bytes(temporary), _folder_bytes(temporary), content_hash(temporary))
 

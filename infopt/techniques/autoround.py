@@ -73,10 +73,10 @@ class AutoRound(Technique):
         if not layers:
             return bundle
         work.require_calibration(context)
-        stored = str(bundle.model.dtype).removeprefix("torch.") if self.options.scale_dtype == "auto" else self.options.scale_dtype
+        dtype = self.options.scale_dtype
         job = {
             **self.options.model_dump(exclude={"ignore"}),
-            "scale_dtype": stored,
+            "scale_dtype": str(bundle.model.dtype).removeprefix("torch.") if dtype == "auto" else dtype,
             "ignore": packing.left_alone(bundle.model, layers),
         }
         with work.done(AUTOROUND, bundle, context, job) as folder:

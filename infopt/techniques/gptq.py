@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -76,28 +77,33 @@ class Gptq(Technique):
         grid.check_groups(grid.chosen(shapes, self.options.ignore), self.options.group_size, f"{path}.group_size")
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
-        from infopt.calibrate import blocks
         from infopt.layers import packing
 
         if not packing.linears(bundle, self.options.ignore):
             return bundle
-        packed = blocks.walk(bundle, context, self.options.ignore, self._round_block)
+        packed = self.round_blocks(bundle, context, lambda name: self._grid)
         config = packing.config(self._grid, packing.left_alone(bundle.model, packed))
         packing.activate(bundle.model, packed, self._grid)
         return replace(bundle, packed=packed, save_config=config)
 
-    def _round_block(self, block: Block) -> None:
+    def round_blocks(
+        self, bundle: Bundle, context: Context, grid_of: Callable[[str], Grid]
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """Rounds every layer to its own grid, in place; layers that read the same input must share one. Returns what to store."""
+        from infopt.calibrate import blocks
         from infopt.calibrate.hessian import Hessian
 
-        together = [[stage] for stage in block.stages] if self.options.true_sequential else [block.stages]
-        for stages in together:
-            # Layers that read the same input share its H, and are rounded as one matrix with all their rows.
-            hessians = {stage[0]: Hessian() for stage in stages}
-            block.observe(hessians, lambda name, x, to=hessians: to[name].add(x))  # type: ignore[misc]
-            for stage in stages:
-                self._round_stage(block, stage, hessians.pop(stage[0]).mean())
+        def work(block: Block) -> None:
+            for stages in [[stage] for stage in block.stages] if self.options.true_sequential else [block.stages]:
+                # Layers that read the same input share its H, and are rounded as one matrix with all their rows.
+                hessians = {stage[0]: Hessian() for stage in stages}
+                block.observe(hessians, lambda name, x, to=hessians: to[name].add(x))  # type: ignore[misc]
+                for stage in stages:
+                    self._round_stage(block, stage, hessians.pop(stage[0]).mean(), grid_of(stage[0]))
 
-    def _round_stage(self, block: Block, names: tuple[str, ...], hessian: torch.Tensor) -> None:
+        return blocks.walk(bundle, context, self.options.ignore, work)
+
+    def _round_stage(self, block: Block, names: tuple[str, ...], hessian: torch.Tensor, rule: Grid) -> None:
         import torch
 
         from infopt.layers import packing
@@ -105,11 +111,11 @@ class Gptq(Technique):
         layers = [block.linears[name] for name in names]
         dtype = layers[0].weight.dtype
         weight = torch.cat([layer.weight.float() for layer in layers])
-        rounded, scales = round_columns(weight, hessian, self._grid, dtype, self.options.act_order, self.options.damping)
+        rounded, scales = round_columns(weight, hessian, rule, dtype, self.options.act_order, self.options.damping)
         end = 0
         for name, layer in zip(names, layers, strict=True):
             rows = slice(end, end := end + layer.out_features)
-            block.pack(name, *packing.store(rounded[rows], scales.rows(rows), self._grid, dtype))
+            block.pack(name, *packing.store(rounded[rows], scales.rows(rows), rule, dtype))
 
     def reopen(self, bundle: Bundle) -> Bundle:
         from infopt.layers import packing

@@ -16,12 +16,13 @@ from infopt.techniques.base import Modules, Needs, Options, Technique
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
 
-Method = Literal["gptq", "rtn", "w8a8", "smoothquant_gptq", "fp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"]
+Method = Literal["gptq", "rtn", "w8a8", "smoothquant", "smoothquant_gptq", "fp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"]
 INTEGERS = ("gptq", "rtn")
-CALIBRATED = ("gptq", "smoothquant_gptq", "nvfp4")
+CALIBRATED = ("gptq", "smoothquant", "smoothquant_gptq", "nvfp4")
 #: Method → llm-compressor's name of the format, and the same as a grid, where the method fixes it.
 PRESETS: dict[str, tuple[str, Grid]] = {
     "w8a8": ("W8A8", Grid(8, activations="token")),
+    "smoothquant": ("W8A8", Grid(8, activations="token")),
     "smoothquant_gptq": ("W8A8", Grid(8, activations="token")),
     "fp8": ("FP8_DYNAMIC", Grid(8, kind="fp8", activations="token")),
     "nvfp4": ("NVFP4", Grid(4, 16, kind="nvfp4", activations="group")),
@@ -53,9 +54,9 @@ class LlmCompressor(Technique):
     recipe's calibration tokens; infopt opens what it wrote and stores it unchanged. The model is then in memory twice.
 
     method      gptq (default) and rtn: integer weights on the grid given below. w8a8: int8 weights per row, int8
-                activations per token. smoothquant_gptq: the same after SmoothQuant, rounded by GPTQ. fp8: E4M3 weights
-                per row, activations per token. nvfp4, mxfp4: 4-bit floats, activations too; nvfp4a16, mxfp4a16:
-                weights only. Calibration text: gptq, smoothquant_gptq, nvfp4.
+                activations per token. smoothquant: the same after SmoothQuant; smoothquant_gptq: and rounded by GPTQ.
+                fp8: E4M3 weights per row, activations per token. nvfp4, mxfp4: 4-bit floats, activations too;
+                nvfp4a16, mxfp4a16: weights only. Calibration text is for gptq, smoothquant, smoothquant_gptq, nvfp4.
     bits        4 or 8 per weight, default 4; of gptq and rtn.
     group_size  input features that share a scale, ≥ 8, default 64; null: per row. Of gptq and rtn.
     symmetric   true (default): q·scale, false: (q − zero)·scale. Of gptq and rtn.
@@ -67,13 +68,13 @@ class LlmCompressor(Technique):
     """
 
     Options = LlmCompressorOptions
+    needs = Needs(modules=("compressed_tensors",), calibration=True, environment=LLMCOMPRESSOR)
     neutral: ClassVar = {"ignore": ["*"]}
     options: LlmCompressorOptions
 
-    @property
-    def needs(self) -> Needs:  # type: ignore[override]
-        calibration = self.options.method in CALIBRATED
-        return Needs(modules=("compressed_tensors",), calibration=calibration, environment=LLMCOMPRESSOR)
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.needs = replace(self.needs, calibration=self.options.method in CALIBRATED)
 
     @property
     def _grid(self) -> Grid:
@@ -112,13 +113,17 @@ class LlmCompressor(Technique):
         }  # fmt: skip
         return {
             "scheme": PRESETS[o.method][0] if o.method in PRESETS else {"targets": ["Linear"], "weights": weights},
-            "gptq": {"actorder": "static" if o.act_order else None, "dampening_frac": o.damping}
-            if o.method.endswith("gptq")
-            else None,
+            "gptq": self._gptq(),
             "smoothing": o.smoothing if o.method.startswith("smoothquant") else None,
             "batch_size": o.batch_size,
             "ignore": ignore,
         }
+
+    def _gptq(self) -> dict[str, Any] | None:
+        o = self.options
+        if not o.method.endswith("gptq"):
+            return None
+        return {"actorder": "static" if o.act_order else None, "dampening_frac": o.damping}
 
     def reopen(self, bundle: Bundle) -> Bundle:
         from infopt.layers import packing

@@ -34,7 +34,7 @@ class Rtn(Technique):
     unquantized model.
 
     bits         2, 3, 4 or 8 per weight, default 4. 8 is near lossless at twice the bytes; 2 rounded is past use.
-                 vLLM runs 4 and 8; compressed-tensors 0.18 and later pack 3 bits in another way than earlier ones.
+                 vLLM runs 4 and 8; releases of compressed-tensors differ in how they pack 3 bits.
     group_size   input features that share a scale, ≥ 8, default 64; it must divide every layer's inputs. null: one scale
                  per row. Smaller is more exact and costs 16/group_size more bits per weight with 2-byte scales.
                  vLLM's kernels take 32, 64, 128 or null.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: What a largest magnitude counts as at least, so that silent channels and dead columns get a finite scale.
 SILENT = 1e-5
 #: Strengths that `auto` tries, and about how many calibration tokens of each input it tries them on.
-STRENGTHS = tuple(step / 20 for step in range(2, 20))
+STRENGTHS = tuple(step / 20 for step in range(4, 21))
 TOKENS = 512
 
 
@@ -53,6 +53,7 @@ class Smoothquant(Technique):
 
     def check(self, shapes: Shapes, path: str) -> None:
         grid.check_ignore(shapes, self.options.ignore, path)
+        grid.check_head_ignored(shapes, self.options.ignore, path)
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.calibrate import blocks

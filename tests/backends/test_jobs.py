@@ -69,11 +69,12 @@ def test_hands_over_the_model_options_and_tokens(worker: Worker, tiny_bundle: Bu
 def test_progress_comes_in_lines_and_prints_of_libraries_do_not(worker: Worker, tiny_bundle: Bundle) -> None:
     environment = worker(
         "print('a library talks')\nos.system('echo so does its child')\njob.say('block 1\\nof 2')\njob.say_bars()\n"
-        "import tqdm\nlist(tqdm.tqdm([1], desc='Calibrating'))\njob.out.mkdir()\n(job.out / 'said').write_text('done')"
+        "import tqdm\nbar = tqdm.tqdm([1], desc='Calibrating')\nbar.set_description('Propagating')\n"
+        "job.out.mkdir()\n(job.out / 'said').write_text('done')"
     )
     lines: list[str] = []
     assert run(environment, tiny_bundle, lines) == "done"
-    assert lines == ["fake: saving the model for it", "fake: block 1 of 2", "fake: Calibrating"]
+    assert lines == ["fake: saving the model for it", "fake: block 1 of 2", "fake: Calibrating", "fake: Propagating"]
 
 
 def test_a_crash_is_one_line_with_its_last_words(worker: Worker, tiny_bundle: Bundle) -> None:
@@ -122,7 +123,8 @@ def test_an_interrupt_ends_the_whole_group(worker: Worker, tiny_bundle: Bundle) 
 
 def test_a_worker_that_ignores_the_polite_signal_ends_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "_GRACE_S", 0.3)
-    code = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
+    ignore = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    code = f"{ignore}; print(os.getpid(), flush=True); time.sleep(60)"
     seen: list[int] = []
 
     def stop(line: str) -> None:
@@ -187,7 +189,11 @@ def test_calibration_is_asked_for() -> None:
         work.require_calibration(Context())
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(8, None), Grid(8, None, activations="token"), Grid(8, kind="fp8", activations="token")])
+@pytest.mark.parametrize(
+    "grid",
+    [Grid(4, 32), Grid(8, None), Grid(8, None, activations="token"), Grid(8, kind="fp8", activations="token")],
+    ids=lambda grid: f"{grid.kind}{grid.bits}-{grid.activations}",
+)
 def test_a_written_folder_is_adopted_as_it_is(grid: Grid, tiny_bundle: Bundle, tmp_path: Path) -> None:
     """Whatever wrote compressed-tensors: the tensors are stored again bit for bit, and the logits are the file's."""
     from infopt.layers import rounding

@@ -17,15 +17,17 @@ from infopt.protocols import Context
 
 CONTEXT = Context(calibration_ids=CALIBRATION)
 QKV, MLP = "q_proj k_proj v_proj", "gate_proj up_proj"
-LLAMA = [
+#: Layers that share an input, what may feed it, and that norm's offset.
+Expected = list[tuple[str, str | None, int]]
+LLAMA: Expected = [
     (QKV, "input_layernorm", 0),
     ("o_proj", "self_attn.v_proj", 0),
     (MLP, "post_attention_layernorm", 0),
     ("down_proj", "mlp.up_proj", 0),
 ]
-GEMMA = [(QKV, "input_layernorm", 1), LLAMA[1], (MLP, "pre_feedforward_layernorm", 1), LLAMA[3]]
-#: transformers' model type, own settings → layers that share an input, what may feed it, and that norm's offset.
-ARCHITECTURES: dict[str, tuple[dict[str, Any], list[tuple[str, str | None, int]]]] = {
+GEMMA: Expected = [(QKV, "input_layernorm", 1), LLAMA[1], (MLP, "pre_feedforward_layernorm", 1), LLAMA[3]]
+#: transformers' model type → own settings, and what is expected of each block.
+ARCHITECTURES: dict[str, tuple[dict[str, Any], Expected]] = {
     "llama": ({}, LLAMA),
     "mistral": ({"sliding_window": 16}, LLAMA),
     "qwen2": ({}, LLAMA),
@@ -61,6 +63,9 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], list[tuple[str, str | None, int]]
 }
 
 
+Found = list[tuple[str, list[Stage]]]
+
+
 def opened(kind: str, dtype: torch.dtype = torch.float32) -> Bundle:
     """A tiny random model in which no norm's weight is 1 and no bias 0."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -82,7 +87,7 @@ def logits(bundle: Bundle) -> torch.Tensor:
     return found
 
 
-def scale_everything(found: list[tuple[str, list[Stage]]] | None = None, ignore: tuple[str, ...] = ("lm_head",)) -> Any:
+def scale_everything(found: Found | None = None, ignore: tuple[str, ...] = ("lm_head",)) -> Any:
     """Work for `walk`: moves a random scale wherever one can go."""
     drawn = torch.Generator().manual_seed(1)
 
@@ -99,7 +104,7 @@ def scale_everything(found: list[tuple[str, list[Stage]]] | None = None, ignore:
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_scale_that_can_move_is_found_and_changes_no_logit(kind: str) -> None:
-    bundle, found = opened(kind), []
+    bundle, found = opened(kind), Found()
     before = logits(bundle)
     weights = {name: value.clone() for name, value in bundle.model.state_dict().items()}
     scale_everything(found)(bundle)
@@ -117,7 +122,7 @@ def test_every_scale_that_can_move_is_found_and_changes_no_logit(kind: str) -> N
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_in_bfloat16_the_same_scales_move(kind: str) -> None:
-    bundle, found = opened(kind, torch.bfloat16), []
+    bundle, found = opened(kind, torch.bfloat16), Found()
     before = logits(bundle).float()
     scale_everything(found)(bundle)
     assert all(fold for _, stages in found for _, fold in stages)
@@ -140,7 +145,7 @@ def test_looking_changes_nothing() -> None:
 
 
 def test_attention_that_needs_half_precision_is_tried_out_in_another_way() -> None:
-    bundle, found = opened("llama"), []
+    bundle, found = opened("llama"), Found()
     bundle.model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ImportError):  # there is no such kernel here, so the walk itself cannot go on
         scale_everything(found)(bundle)
@@ -149,7 +154,7 @@ def test_attention_that_needs_half_precision_is_tried_out_in_another_way() -> No
 
 
 def test_layers_left_alone_take_part_where_they_read_the_same_input() -> None:
-    bundle, found = opened("llama"), []
+    bundle, found = opened("llama"), Found()
     before = logits(bundle)
     scale_everything(found, ("k_proj", "down_proj", "lm_head"))(bundle)
     names = [[name.rpartition(".")[2] for name in stage.names] for stage in found[0][1]]
@@ -160,7 +165,7 @@ def test_layers_left_alone_take_part_where_they_read_the_same_input() -> None:
 
 
 def test_heads_that_share_a_value_share_its_scale() -> None:
-    found: list[tuple[str, list[Stage]]] = []
+    found: Found = []
     scale_everything(found)(opened("llama"))
     fold = found[0][1][1].fold
     assert fold is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from itertools import combinations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infopt.data.duplicates import NEIGHBOURS, THRESHOLD, groups
@@ -29,11 +29,13 @@ def by_definition(texts: list[list[str]]) -> list[tuple[int, ...]]:
     return sorted(tuple(sorted(group)) for group in found if len(group) > 1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from("ab"), max_size=12), max_size=14))
 def test_small_alphabets_where_everything_meets(texts: list[list[str]]) -> None:
     assert groups(of(texts)) == by_definition(texts)
 
 
+@settings(deadline=None)
 @given(st.integers(), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6)), max_size=25))
 def test_variants_of_texts(seed: int, variants: list[tuple[int, int]]) -> None:
     """(which text, how many words are changed)"""

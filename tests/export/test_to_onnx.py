@@ -41,7 +41,7 @@ def test_an_artifact_is_quantized_again_and_the_report_says_so(tmp_path: Path) -
     made = export(str(tmp_path / "artifact"), "onnx", "int4", tmp_path / "out", OPTIONS)
     assert artifact.is_artifact(tmp_path / "artifact")
     assert made.notes[0] == "14 layers of the source are packed: they were dequantized first"
-    assert made.notes[1].startswith("int4: quantized by onnxruntime-genai's builder")
+    assert made.notes[1].startswith("quantized to int4, the head in 8 by onnxruntime-genai's builder")
     assert made.source_description == "tiny, random weights, seed 0, optimized by rtn_int8"
     assert made.checks[0].top1_agreement >= to_onnx.TOP1_FLOORS["int4"]
     assert made.checks[0].tolerance is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,9 @@ import pytest
 from stub_techniques import CALIBRATION
 
 from infopt import techniques
-from infopt.needs import missing_need
+from infopt.backends import environments, work
+from infopt.backends.environments import Environment
+from infopt.needs import Needs, missing_need
 from infopt.protocols import Context
 from infopt.techniques.base import Technique
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 Make = Callable[..., Technique]
 Build = Callable[..., "Bundle"]
 Logits = Callable[["Bundle"], "torch.Tensor"]
+#: Where this user's environments are; tests have caches of their own.
+INSTALLED = environments.root()
 
 
 @pytest.fixture
@@ -32,6 +37,8 @@ def make() -> Make:
     def technique(name: str, **options: Any) -> Technique:
         kind = techniques.find(name)
         made = kind(kind.Options(**options))
+        if made.needs.environment is not None and os.environ.get("INFOPT_TEST_ENVIRONMENTS") == "1":
+            _link(made.needs.environment)
         lacking = missing_need(made.needs, "cpu" if made.needs.cpu else "auto")
         if lacking:
             pytest.skip(f"{name} {lacking.message}")
@@ -43,6 +50,49 @@ def make() -> Make:
         return made
 
     return technique
+
+
+@pytest.fixture
+def installed() -> Callable[[Environment], None]:
+    """`installed(environment)`: lets the test use it, or skips where this user has not installed it."""
+
+    def use(environment: Environment) -> None:
+        _link(environment)
+        lacking = missing_need(Needs(environment=environment))
+        if lacking:
+            pytest.skip(f"{lacking.message}: {lacking.hint}")
+
+    return use
+
+
+def _link(environment: Any) -> None:
+    """Puts the user's environment, if he has it, into this test's cache."""
+    real = INSTALLED / environment.folder.name
+    if (real / environments.STAMP).is_file() and not environment.folder.exists():
+        environment.folder.parent.mkdir(parents=True, exist_ok=True)
+        environment.folder.symlink_to(real)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """`stand_in(body)`: every environment is there, its interpreter is this one, and its worker does `body`.
+
+    Returns the file that each job's description is copied to.
+    """
+
+    def install(body: str) -> Path:
+        scripts, seen = tmp_path / "scripts", tmp_path / "job.json"
+        scripts.mkdir()
+        (scripts / "job.py").write_text((work.SCRIPTS / "job.py").read_text(encoding="utf-8"), encoding="utf-8")
+        text = f"import shutil\nfrom job import Job\njob = Job.open()\nshutil.copy(job.out.parent / 'job.json', {str(seen)!r})\n"
+        for name in environments.ENVIRONMENTS:
+            (scripts / f"{name}_worker.py").write_text(text + body, encoding="utf-8")
+        monkeypatch.setattr(work, "SCRIPTS", scripts)
+        monkeypatch.setattr(Environment, "interpreter", Path(sys.executable))
+        monkeypatch.setattr(Environment, "is_installed", lambda self: True)
+        return seen
+
+    return install
 
 
 @pytest.fixture

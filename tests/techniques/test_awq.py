@@ -20,7 +20,7 @@ from infopt.model import load, reference, save, shapes
 from infopt.model.bundle import Bundle
 from infopt.protocols import Context
 from infopt.techniques import awq
-from infopt.techniques.awq import best_clip, best_scale, rounded
+from infopt.techniques.awq import best_cut, best_scale, cost, refined, rounded
 
 FREE = Fold("norm", (), torch.arange(64))
 
@@ -54,7 +54,7 @@ def test_the_scale_is_the_papers_on_the_tokens_themselves(seed: int) -> None:
         scale = x.double().abs().mean(0) ** (point / 20)
         tried.append(scale / (scale.max() * scale.min()).sqrt())
         losses.append(float(loss(x, round_plainly(weight.double() * tried[-1], 32) / tried[-1] - weight).sum()))
-    ours = best_scale(weight, hessian, x.abs().mean(0), FREE, Grid(4, 32), 20).double()
+    ours = best_scale(weight, hessian, x.abs().mean(0), FREE, Grid(4, 32), 20, False).double()
     near = [index for index, scale in enumerate(tried) if torch.allclose(ours, scale, rtol=1e-5, atol=1e-5)]
     assert len(near) == 1
     assert losses[near[0]] < 1.01 * min(losses)  # a weight between two steps may fall to either side in float32
@@ -64,7 +64,7 @@ def test_the_scale_is_the_papers_on_the_tokens_themselves(seed: int) -> None:
 def test_a_planted_outlier_is_scaled_up_and_costs_less(bits: int) -> None:
     weight, x, hessian = problem(outlier=30.0)
     rule = Grid(bits, 32)
-    scale = best_scale(weight, hessian, x.abs().mean(0), FREE, rule, 20)
+    scale = best_scale(weight, hessian, x.abs().mean(0), FREE, rule, 20, False)
     assert scale.argmax() == 5
     assert loss(x, rounded(weight * scale, rule) / scale - weight).sum() < 0.6 * loss(x, rounded(weight, rule) - weight).sum()
 
@@ -72,7 +72,7 @@ def test_a_planted_outlier_is_scaled_up_and_costs_less(bits: int) -> None:
 def test_inputs_that_share_a_source_get_one_scale() -> None:
     weight, x, hessian = problem(outlier=8.0)
     fold = Fold("v_proj", (), torch.arange(16).repeat(4))
-    scale = best_scale(weight, hessian, x.abs().mean(0), fold, Grid(4, 32), 20).view(4, 16)
+    scale = best_scale(weight, hessian, x.abs().mean(0), fold, Grid(4, 32), 20, False).view(4, 16)
     assert all(torch.equal(part, scale[0]) for part in scale)
     assert not torch.equal(scale, torch.ones_like(scale))
 
@@ -83,9 +83,12 @@ def test_clipping_never_costs_a_group_more(bits: int, group_size: int | None, sy
     weight, x, hessian = problem(seed)
     rule = Grid(bits, group_size, symmetric=symmetric)
     size = group_size or 64
-    shrink = best_clip(weight, hessian, rule)
-    assert all(clip in torch.tensor(awq.CLIPS) for clip in shrink.flatten())
+    shrink = best_cut(weight, hessian, rule)
+    again = refined(shrink, weight, hessian, rule)
+    assert all(cut in torch.tensor(awq.CUTS) for cut in shrink.flatten())
     clipped, plain = rounded(weight, rule, shrink) - weight, rounded(weight, rule) - weight
+    least = cost(rounded(weight, rule, again) - weight, hessian)
+    assert least <= cost(clipped, hessian) * (1 + 1e-4), "the others' errors in view"
     for start in range(0, 64, size):
         part = slice(start, start + size)
         assert (loss(x[:, part], clipped[:, part]) <= loss(x[:, part], plain[:, part]) * (1 + 1e-4)).all()
@@ -97,9 +100,9 @@ def test_clipping_is_that_of_the_tokens_themselves() -> None:
     for group in range(2):
         part = slice(32 * group, 32 * group + 32)
         w = weight[:, part].double()
-        losses = torch.stack([loss(x[:, part], round_plainly(w, 32, clip) - w) for clip in awq.CLIPS])
-        expected[:, group] = torch.tensor(awq.CLIPS)[losses.argmin(0)]
-    assert (best_clip(weight, hessian, Grid(4, 32)) == expected).float().mean() > 0.95  # near ties fall to either side
+        losses = torch.stack([loss(x[:, part], round_plainly(w, 32, cut) - w) for cut in awq.CUTS])
+        expected[:, group] = torch.tensor(awq.CUTS)[losses.argmin(0)]
+    assert (best_cut(weight, hessian, Grid(4, 32)) == expected).float().mean() > 0.95  # near ties fall to either side
     assert len(expected.unique()) > 2
 
 
@@ -107,7 +110,7 @@ def test_a_large_weight_that_meets_nothing_is_cut() -> None:
     weight, x, _ = problem()
     weight[:, 7] = 6.0
     x[:, 7] = 0
-    assert (best_clip(weight, 2 * x.T @ x / len(x), Grid(4, 32))[:, 0] < 0.8).all()
+    assert (best_cut(weight, 2 * x.T @ x / len(x), Grid(4, 32))[:, 0] < 0.8).all()
 
 
 def test_without_scales_and_cuts_it_is_rounding(make: Callable[..., Any], build: Callable[..., Any]) -> None:

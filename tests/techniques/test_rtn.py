@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from infopt.errors import InputError, RecipeError
+from infopt.layers.activation_linear import ActivationLinear
 from infopt.model import load, reference, save, shapes
 from infopt.model.bundle import Bundle
+from infopt.model.plan import LoadPlan
 from infopt.protocols import Context
 from infopt.techniques.rtn import Rtn, RtnOptions
 
@@ -140,3 +142,70 @@ def test_the_demo_model_keeps_its_language(
 ) -> None:
     assert 1.0 < demo_quality(build(make("rtn"), "demo", "float32")) < 1.6
     assert 0.99 < demo_quality(build(make("rtn", bits=8), "demo", "float32")) < 1.01
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_width_loads_back_identically(
+    bits: int, symmetric: bool, dtype: str,
+    make: Callable[..., Any], build: Callable[..., Any], logits: Callable[..., Any], tmp_path: Path,
+) -> None:  # fmt: skip
+    technique = make("rtn", bits=bits, symmetric=symmetric, group_size=32)
+    bundle = build(technique, dtype=dtype)
+    save.save(bundle, tmp_path / "out")
+    assert torch.equal(logits(load.load(reference.parse(str(tmp_path / "out")))), logits(bundle))
+    again = technique.reopen(load.load(reference.parse(str(tmp_path / "out"))))
+    assert type(again.model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert torch.equal(logits(again), logits(bundle))
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny-qwen2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_w8a8_is_what_plain_transformers_computes(
+    kind: str, dtype: str, make: Callable[..., Any], build: Callable[..., Any], logits: Callable[..., Any], tmp_path: Path
+) -> None:
+    technique = make("rtn", bits=8, group_size=None, activations="token")
+    bundle = build(technique, kind, dtype)
+    save.save(bundle, tmp_path / "out")
+    plain = load.load(reference.parse(str(tmp_path / "out")), LoadPlan(is_plain=True))
+    assert torch.equal(logits(plain), logits(bundle))
+    again = technique.reopen(load.load(reference.parse(str(tmp_path / "out"))))
+    assert isinstance(again.model.model.layers[0].mlp.up_proj, ActivationLinear)
+    assert torch.equal(logits(again), logits(bundle))
+    weights_only = build(make("rtn", bits=8, group_size=None), kind, dtype)
+    assert not torch.equal(logits(weights_only), logits(bundle))
+
+
+def test_w8a8_is_the_format_of_int8_kernels(make: Callable[..., Any], build: Callable[..., Any], tmp_path: Path) -> None:
+    save.save(build(make("rtn", bits=8, group_size=None, activations="token")), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "int-quantized"
+    (group,) = config["config_groups"].values()
+    assert (group["weights"]["strategy"], group["weights"]["num_bits"]) == ("channel", 8)
+    inputs = group["input_activations"]
+    assert (inputs["type"], inputs["num_bits"], inputs["strategy"], inputs["dynamic"]) == ("int", 8, "token", True)
+
+
+def test_activations_that_no_engine_multiplies_are_refused() -> None:
+    size = shapes.shapes(reference.parse("tiny"))
+    for options, message in (
+        ({"bits": 3, "group_size": None}, r"rtn\.bits: found 3; allowed with activations: token is 8"),
+        ({"bits": 8}, r"rtn\.group_size: found 64; allowed with activations: token is null"),
+        ({"bits": 8, "group_size": None, "symmetric": False}, r"rtn\.symmetric: found false"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            Rtn(RtnOptions(activations="token", **options)).check(size, "steps[0].rtn")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_zero_points_bring_weights_closer(
+    bits: int, make: Callable[..., Any], build: Callable[..., Any], tiny_bundle: Bundle
+) -> None:
+    before = weights(tiny_bundle)
+
+    def error(symmetric: bool) -> float:
+        after = weights(build(make("rtn", bits=bits, symmetric=symmetric, group_size=16)))
+        return sum(float((after[name] - before[name]).square().sum()) for name in before)
+
+    assert error(False) < error(True)

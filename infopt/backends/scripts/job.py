@@ -42,7 +42,7 @@ class Job:
         print(" ".join(line.split()), file=self.lines)
 
     def say_bars(self) -> None:
-        """From now on tqdm's bars are not drawn: the title of each new one is said."""
+        """From now on tqdm's bars are not drawn: their titles are said."""
         import tqdm
 
         bar: Any = tqdm.std.tqdm
@@ -53,7 +53,10 @@ class Job:
             if named.get("desc"):
                 self.say(named["desc"])
 
-        bar.__init__ = silent
+        def title(own: Any, text: str | None = None, refresh: bool = True) -> None:
+            self.say(text or "")
+
+        bar.__init__, bar.set_description = silent, title
 
 
 def _end_with_parent() -> None:

@@ -1,0 +1,159 @@
+"""How much each part of a model hurts when it alone is rounded: KLD of the final distribution, measured, not modelled.
+
+A part is rounded, the model runs from that block on (the hidden states before it are known and kept), and the part is put
+back. So a part costs half a pass on average, and nothing is approximated but the sum: parts are measured one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from infopt.calibrate.blocks import Block, capture, decoder_blocks
+
+if TYPE_CHECKING:
+    from infopt.model.bundle import Bundle
+
+#: Positions whose logits are turned into probabilities at a time.
+CHUNK = 128
+
+
+@dataclass
+class Probe:
+    """A model's own next-token distributions on a few windows, and the way from any block to them.
+
+    `inputs[i]` are the hidden states that enter block i, [windows, tokens, hidden].
+    """
+
+    model: nn.Module
+    name: str
+    blocks: nn.ModuleList
+    ids: torch.Tensor
+    inputs: list[torch.Tensor]
+    arguments: list[dict[str, Any]]
+    reference: torch.Tensor
+    """Probabilities [positions, vocabulary], float32."""
+    entropy: torch.Tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def of(bundle: Bundle, windows: tuple[tuple[int, ...], ...], device: torch.device) -> Probe:
+        name, found = decoder_blocks(bundle.model)
+        (hidden,), arguments = _together(bundle.model, found, windows, device)
+        ids = torch.tensor(windows, device=bundle.device)
+        probe = Probe(bundle.model, name, found, ids, [hidden.to(device)], arguments, torch.empty(0), torch.empty(0))
+        for index in range(len(found)):
+            probe.inputs.append(probe.step(index, probe.inputs[-1]))
+        reference = probe.tail(probe.inputs[-1]).softmax(-1)
+        probe.reference = reference
+        probe.entropy = -torch.special.xlogy(reference, reference).sum(-1)
+        return probe
+
+    def block(self, index: int, ignore: tuple[str, ...]) -> Block:
+        """One block, as the runner of calibrated methods sees it."""
+        hidden = self.inputs[index]
+        named = {hidden.shape[0]: self.arguments[index]}
+        return Block(index, f"{self.name}.{index}", self.blocks[index], [hidden], named, hidden.device, ignore)
+
+    def step(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Through one block."""
+        out = self.blocks[index](hidden, **self.arguments[index])
+        found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+    def tail(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model makes of the last block's output: float32 logits [positions, vocabulary]."""
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            block.forward = (lambda _, **named: hidden) if index == last else (lambda x, **named: x)
+        try:
+            logits: torch.Tensor = self.model(input_ids=self.ids, use_cache=False).logits
+        finally:
+            for block in self.blocks:
+                del block.forward
+        return logits.flatten(0, 1).float()
+
+    @torch.no_grad()
+    def kld(self, first: int = 0) -> float:
+        """Mean KLD(reference ‖ model as it is now), in nats, when no block before `first` has changed."""
+        hidden = self.inputs[first]
+        for index in range(first, len(self.blocks)):
+            hidden = self.step(index, hidden)
+        logits, total = self.tail(hidden), 0.0
+        for start in range(0, len(logits), CHUNK):
+            part = slice(start, start + CHUNK)
+            cross = logits[part].logsumexp(-1) - (self.reference[part] * logits[part]).sum(-1)
+            total += float((cross - self.entropy[part]).sum())
+        return max(0.0, total / len(logits))
+
+
+def _together(
+    model: nn.Module, found: nn.ModuleList, windows: tuple[tuple[int, ...], ...], device: torch.device
+) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    """`capture` with all windows in one batch."""
+    inputs, arguments = capture(model, found, windows, device, rows=len(windows))
+    return inputs, [named[len(windows)] for named in arguments]
+
+
+@torch.no_grad()
+def measure(probe: Probe, index: int, rounded: Mapping[nn.Linear, torch.Tensor]) -> float:
+    """KLD with the weights of some layers of block `index` replaced by `rounded`; they are put back."""
+    kept = {layer: layer.weight.data for layer in rounded}
+    try:
+        for layer, weight in rounded.items():
+            layer.weight.data = weight
+        return probe.kld(index)
+    finally:
+        for layer, weight in kept.items():
+            layer.weight.data = weight
+
+
+@dataclass
+class Unit:
+    """Layers that share a width, with what each width costs: KLD alone (nats) and stored bytes."""
+
+    layers: tuple[str, ...]
+    kld: dict[int, float]
+    bytes: dict[int, int]
+    bits: int = 0
+
+
+def allot(units: list[Unit], budget_bytes: float = math.inf, max_kld: float = 0.0) -> None:
+    """Sets each unit's `bits`: from the narrowest up, always the step that saves most KLD per byte.
+
+    It ends when the KLDs add up to `max_kld` or less; a step beyond `budget_bytes` is left out. Steps follow each unit's
+    lower convex hull, so that this greedy order is the Lagrangian optimum up to the last step (Shoham and Gersho,
+    "Efficient bit allocation for an arbitrary set of quantizers", 1988).
+    """
+    for unit in units:
+        unit.bits = min(unit.bytes)
+    steps = sorted(((gain, i, width) for i, unit in enumerate(units) for gain, width in _hull(unit)), reverse=True)
+    for _, i, width in steps:
+        if predicted(units) <= max_kld:
+            return
+        before = units[i].bits
+        if width > before:
+            units[i].bits = width
+            if sum(unit.bytes[unit.bits] for unit in units) > budget_bytes:
+                units[i].bits = before
+
+
+def predicted(units: list[Unit]) -> float:
+    """The KLD of the whole, if those of its parts add up."""
+    return sum(unit.kld[unit.bits] for unit in units)
+
+
+def _hull(unit: Unit) -> list[tuple[float, int]]:
+    """(KLD saved per byte, width) of the steps up the lower convex hull of KLD over bytes, from the narrowest width."""
+    widths = sorted(unit.bytes)
+    now, steps = widths[0], []
+    while wider := [w for w in widths if w > now]:
+        slope = {w: (unit.kld[now] - unit.kld[w]) / (unit.bytes[w] - unit.bytes[now]) for w in wider}
+        now = max(wider, key=slope.__getitem__)
+        steps.append((slope[now], now))
+    return steps
