@@ -76,6 +76,7 @@ def build_techniques(chosen: Recipe, model_shapes: Shapes, device: str = "auto")
         technique.cache_dtype = chosen.cache.dtype
         technique.check(model_shapes, chosen.place(index))
         technique.calibration_tokens = chosen.calibration.samples * chosen.calibration.tokens
+        technique.calibration_samples = chosen.calibration.samples
         found.append(technique)
     return found
 

@@ -77,9 +77,7 @@ class StepLog(Observer):
         self.progress(f"judging {self.recipe.steps[index].name}")
         stored = iter(self._reference)
         with quiet():
-            found = fidelity.compare_models(
-                lambda ids: next(stored)[None], lambda ids: _run(bundle, ids)[None], _windows(bundle)
-            )
+            found = fidelity.compare_models(lambda ids: next(stored)[None], lambda ids: _run(bundle, ids)[None], _windows(bundle))
         kld, ratio, top1 = found.kld_mean, found.ppl_ratio, found.top1_agreement
         if kld is None or ratio is None or top1 is None:
             return

@@ -25,7 +25,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", [(), ("bench",), ("compare",), ("optimize",), ("recipes",), ("models",), ("results",), ("data",)])
+@pytest.mark.parametrize(
+    "command", [(), ("bench",), ("compare",), ("optimize",), ("recipes",), ("models",), ("results",), ("data",)]
+)
 def test_help(command: tuple[str, ...]) -> None:
     done = run(*command, "--help")
     assert done.returncode == Exit.OK

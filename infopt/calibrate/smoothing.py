@@ -94,7 +94,7 @@ class _Trial:
         self.module = copy.deepcopy(block.module).float()
         configs = [getattr(part, "config", None) for part in self.module.modules()]
         for config in filter(None, configs):  # copies too
-            if "flash" in str(config._attn_implementation):  # takes half precision alone
+            if "flash" in str(getattr(config, "_attn_implementation", None)):  # takes half precision alone
                 config._attn_implementation = "eager"
         batch = block.inputs[0]
         self.x = batch[:1].to(block.device).float()

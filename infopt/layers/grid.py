@@ -19,6 +19,8 @@ USUAL_GROUPS = (16, 32, 48, 64, 96, 128, 192, 256, 512)
 HEAD = "lm_head"
 #: Bytes moved per weight while one layer is rounded and packed, in float32 and int32; fitted to measured seconds.
 TRAFFIC_BYTES = 140
+#: The same for 4-bit floats, which compressed-tensors rounds and packs through a mask per number.
+FLOAT4_TRAFFIC_BYTES = 700
 #: Bytes held per weight of the layer at hand: float32 copies, its grid indices, and the packer's int32 and int64 buffers.
 HELD_BYTES = 40
 #: Bytes moved per weight while bitsandbytes quantizes what transformers reads; fitted to measured seconds.
@@ -114,10 +116,11 @@ def predict(
     element = before.weights_bytes / shapes.parameters
     stored = sum(grid.stored_bytes(shape, element) for shape in layers.values())
     rate = machine.read_bytes_per_s
+    traffic = FLOAT4_TRAFFIC_BYTES if grid.kind in ("mxfp4", "nvfp4") else TRAFFIC_BYTES
     return Prediction(
         weights_bytes=before.weights_bytes - round(sum(sizes) * element) + stored,
         peak_bytes=max(before.peak_bytes, before.weights_bytes + stored + HELD_BYTES * max(sizes, default=0)),
-        seconds=sum(sizes) * TRAFFIC_BYTES / rate if rate else None,
+        seconds=sum(sizes) * traffic / rate if rate else None,
     )
 
 

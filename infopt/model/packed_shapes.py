@@ -1,8 +1,8 @@
 """Which of two packings a file's integers are in, told from shapes before a weight is read.
 
 compressed-tensors stores `bits`-wide integers in int32 words, as `pack-quantized`. Widths that divide 32 lie alike in every
-release. For 3, 5, 6 and 7 bits older releases (0.17) put ⌊32 / bits⌋ values into a word and leave the rest of it empty,
-newer ones (0.20) let a value run on into the next word; the format's name is the same. Read the wrong way, a file gives
+release. For 3, 5, 6 and 7 bits releases up to 0.17 put ⌊32 / bits⌋ values into a word and leave the rest of it empty, later
+ones let a value run on into the next word, as vLLM's kernels do; the format's name is the same. Read the wrong way, a file gives
 other weights, and where the shapes happen to fit, no error.
 """
 
@@ -74,7 +74,7 @@ def check_packing(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 _HOW: dict[Packing | None, str] = {"dense": "packed without gaps", "padded": "packed in whole values per 32-bit word"}
-_RELEASE: dict[Packing | None, str] = {"dense": "0.20", "padded": "0.17"}
+_RELEASE: dict[Packing | None, str] = {"dense": "0.18 or later", "padded": "0.17 or earlier"}
 
 
 class Widths:

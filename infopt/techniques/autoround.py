@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
 
 #: Seconds until it has imported its libraries and opened a model; measured.
-START_S = 20.0
-#: Of a training step, in forward passes: the pass, the gradients, and the rounding that both go through.
-STEP_PASSES = 4
+START_S = 5.0
+#: A training step in forward passes: the pass, its gradients, and the rounding that both go through; measured.
+STEP_PASSES = 4.0
 
 
 class AutoRoundOptions(Options):
@@ -103,7 +103,9 @@ class AutoRound(Technique):
             peak_bytes=rounding.peak_bytes + before.weights_bytes,
             seconds=None if rounding.seconds is None else rounding.seconds + START_S,
         )
-        return passes.add(there, before, shapes, self.calibration_tokens, machine, passes=2, hessians=False)
+        steps = self.options.iters * self.options.batch_size / max(self.calibration_samples, 1)  # in rounds of all windows
+        rounds = 2 + STEP_PASSES * steps
+        return passes.add(there, before, shapes, self.calibration_tokens, machine, passes=rounds, hessians=False)
 
 
 TECHNIQUE = AutoRound

@@ -125,8 +125,13 @@ class Awq(Technique):
         return bundle
 
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
-        rounding = grid.predict(self._grid, grid.chosen(shapes, self.options.ignore), shapes, before, machine)
-        return passes.add(rounding, before, shapes, self.calibration_tokens, machine, passes=2)
+        layers, rate, points = grid.chosen(shapes, self.options.ignore), machine.read_bytes_per_s, self.options.points
+        step = grid.predict(self._grid, layers, shapes, before, machine)
+        if step.seconds is not None and rate:
+            tried = points * len(CUTS[::2]) + 2 * len(CUTS) if self.options.clip else points
+            moved = tried * grid.TRAFFIC_BYTES * sum(out * inner for out, inner in layers.values())
+            step = replace(step, seconds=step.seconds + moved / rate)
+        return passes.add(step, before, shapes, self.calibration_tokens, machine, passes=2)
 
 
 def best_scale(
@@ -142,16 +147,25 @@ def best_scale(
     for point in range(points):
         scale = size ** (point / points)
         scale = scale / (scale.max() * scale.min()).sqrt()
-        scaled, seen = weight * scale, hessian / scale / scale[:, None]
-        shrink = best_cut(scaled, seen, rule, CUTS[::2]) if clip else 1.0
-        found = cost(rounded(scaled, rule, shrink) - scaled, seen)
+        scaled = weight * scale
+        shrink = best_cut(scaled, hessian, rule, CUTS[::2], scale) if clip else 1.0
+        found = cost(rounded(scaled, rule, shrink).div_(scale) - weight, hessian)
         if found < least:
             best, least = scale, found
     return best
 
 
-def best_cut(weight: torch.Tensor, hessian: torch.Tensor, rule: Grid, cuts: Sequence[float] = CUTS) -> torch.Tensor:
-    """[out, groups]: the share of each group's range that costs that group's part of the output least (the paper's code)."""
+def best_cut(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    rule: Grid,
+    cuts: Sequence[float] = CUTS,
+    scale: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
+    """[out, groups]: the share of each group's range that costs that group's part of the output least (the paper's code).
+
+    `hessian` is that of the inputs before they were divided by `scale`.
+    """
     import torch
 
     size = rule.group_size or weight.shape[1]
@@ -160,8 +174,8 @@ def best_cut(weight: torch.Tensor, hessian: torch.Tensor, rule: Grid, cuts: Sequ
     best = torch.ones(len(weight), groups, device=weight.device)
     least = torch.full_like(best, float("inf"))
     for cut in cuts:
-        error = (rounded(weight, rule, cut) - weight).view(len(weight), groups, size)
-        found = torch.einsum("rgi,gij,rgj->rg", error, own, error)
+        error = ((rounded(weight, rule, cut) - weight) / scale).view(len(weight), groups, size).transpose(0, 1)
+        found = torch.bmm(error, own).mul_(error).sum(-1).T
         best, least = torch.where(found < least, cut, best), torch.minimum(found, least)
     return best
 
@@ -189,7 +203,10 @@ def rounded(weight: torch.Tensor, rule: Grid, shrink: torch.Tensor | float = 1.0
     """`weight` float32 [out, in] at the nearest points of a grid whose ranges are `shrink` of the weight's."""
     from infopt.layers import packing
 
-    return packing.nearest(weight, packing.spread(packing.fit(weight, rule, shrink=shrink), rule, weight.shape[1]), rule)
+    scale, zero, overall = packing.fit(weight, rule, shrink=shrink)
+    groups = weight.view(*scale.shape, -1)  # [out, groups, size]
+    scales = packing.Scales(scale[..., None], None if zero is None else zero[..., None], overall)
+    return packing.nearest(groups, scales, rule).view_as(weight)
 
 
 def cost(error: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -55,6 +55,8 @@ class Technique:
         self.cache_dtype = "auto"
         #: Tokens of the recipe's calibration text, for `predict`.
         self.calibration_tokens = 0
+        #: How many windows these are.
+        self.calibration_samples = 0
 
     def check(self, shapes: Shapes, path: str) -> None:
         """Refuses options that this model's shapes do not allow. `path` is the step's place in the recipe.

@@ -50,7 +50,7 @@ class KvCache(Technique):
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
-        self.reload_tolerance = 8.0 if options.bits == 8 else 64.0
+        self.reload_tolerance = 16.0 if options.bits == 8 else 256.0
 
     def check(self, shapes: Shapes, path: str) -> None:
         fitting = ("auto", DTYPES[self.options.bits])

@@ -31,7 +31,7 @@ PRESETS: dict[str, tuple[str, Grid]] = {
     "mxfp4a16": ("MXFP4A16", Grid(4, 32, kind="mxfp4")),
 }
 #: Seconds until it has imported its libraries and opened a model; measured.
-START_S = 8.0
+START_S = 5.0
 
 
 class LlmCompressorOptions(Options):

@@ -71,12 +71,11 @@ class Smoothquant(Technique):
         stages = [stage for stage in smoothing.stages(block) if stage.fold]
         sizes = {stage.names[0]: smoothing.Magnitude() for stage in stages}
         samples: dict[str, list[torch.Tensor]] = {name: [] for name in sizes}
-        # Odd, so that it does not meet the same positions of every sample.
-        every = sum(x.shape[0] * x.shape[1] for x in block.inputs) // TOKENS | 1
+        drawn, share = torch.Generator().manual_seed(block.index), TOKENS / sum(x[..., 0].numel() for x in block.inputs)
 
         def see(name: str, x: torch.Tensor) -> None:
             sizes[name].add(x)
-            samples[name].append(x[::every].float())
+            samples[name].append(x[(torch.rand(len(x), generator=drawn) < share).to(x.device)].float())
 
         block.observe(sizes, see)
         for names, fold in stages:

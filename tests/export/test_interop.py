@@ -62,6 +62,15 @@ def test_another_token_is_a_tie_only_where_the_two_likeliest_were_near(
     assert (row.reason is not None) == (verdict == "DIFFERENT")
 
 
+def test_an_answer_no_further_off_than_rounding_is_rounding(interop: ModuleType, subject: Any) -> None:
+    found = copy.deepcopy(WANTED)
+    found["outputs"][0]["tokens"][0] = 99  # where the expected token was 2 nats ahead
+    found["text_logprobs"] = [-1.01, -1.99, -3.01]
+    for shift, verdict in ((0.02, "rounding"), (0.001, "DIFFERENT")):
+        rounded = {"text_logprobs": [value + shift for value in WANTED["text_logprobs"]]}
+        assert interop.judge(subject, reader(interop), found, WANTED, rounded).verdict == verdict
+
+
 @pytest.mark.parametrize(("is_same", "verdict"), [(True, "DIFFERENT"), (False, "requantized")])
 def test_other_weights_are_no_tie(is_same: bool, verdict: str, interop: ModuleType, tmp_path: Path) -> None:
     found = copy.deepcopy(WANTED)
