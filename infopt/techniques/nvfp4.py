@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from infopt.layers import grid, passes
 from infopt.layers.grid import Grid
@@ -39,12 +39,13 @@ class Nvfp4(Technique):
     """
 
     Options = Nvfp4Options
+    needs = Needs(modules=("compressed_tensors",))
     neutral: ClassVar = {"ignore": ["*"]}
     options: Nvfp4Options
 
-    @property
-    def needs(self) -> Needs:  # type: ignore[override]
-        return Needs(modules=("compressed_tensors",), calibration=self.options.activations == "group")
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.needs = Needs(modules=("compressed_tensors",), calibration=self.options.activations == "group")
 
     @property
     def _grid(self) -> Grid:

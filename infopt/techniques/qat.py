@@ -15,7 +15,8 @@ from infopt.techniques.base import Modules, Needs, Options, Technique
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
 
-#: Forward passes that a training step is worth: the teacher's, the student's, and its backward pass of two.
+#: Forward passes that a training step is worth: the teacher's, the student's, its backward pass of two, and as much again
+#: for rounding, the optimizer and the logits.
 PASSES = 8
 #: Bytes per trained weight beside the model: the float32 master, its gradient, two moments of Adam, the teacher's.
 HELD_BYTES = 5 * 4
@@ -103,7 +104,9 @@ class Qat(Technique):
         held = HELD_BYTES * sum(out * inner for out, inner in layers.values())
         rounding = replace(rounding, peak_bytes=max(rounding.peak_bytes, before.weights_bytes + held))
         tokens = self.options.epochs * self.calibration_tokens
-        return passes.add(rounding, before, shapes, tokens, machine, passes=PASSES, hessians=False)
+        # Training multiplies in bfloat16 where that is faster, whatever the model's dtype.
+        fastest = replace(machine, flops=dict.fromkeys(machine.flops, max(machine.flops.values(), default=0.0)))
+        return passes.add(rounding, before, shapes, tokens, fastest, passes=PASSES, hessians=False)
 
 
 TECHNIQUE = Qat

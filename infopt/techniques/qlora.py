@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 BLOCK = 64
 #: Bytes moved per weight while it is rounded and its error decomposed.
 TRAFFIC_BYTES = 400
-#: Forward passes that a training step is worth: the teacher's, the student's, and its backward pass.
+#: Forward passes that a training step is worth: the teacher's, the student's, its backward pass, and the logits.
 PASSES = 5
 
 
@@ -130,7 +130,9 @@ class Qlora(Technique):
             seconds=sum(out * inner for out, inner in layers.values()) * TRAFFIC_BYTES / rate if rate else None,
         )
         tokens = self.options.epochs * self.calibration_tokens
-        return passes.add(step, before, shapes, tokens, machine, passes=PASSES, hessians=False)
+        # Training multiplies in bfloat16 where that is faster, whatever the model's dtype.
+        fastest = replace(machine, flops=dict.fromkeys(machine.flops, max(machine.flops.values(), default=0.0)))
+        return passes.add(step, before, shapes, tokens, fastest, passes=PASSES, hessians=False)
 
 
 def normal_float(weight: torch.Tensor, double_quant: bool) -> torch.Tensor:
