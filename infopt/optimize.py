@@ -113,7 +113,7 @@ def unfinished(out: Path, key: str, resume: bool | None) -> Iterator[Path]:
         )
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
-    with atomic.writing(folder):
+    with atomic.writing(out):
         folder.mkdir(parents=True, exist_ok=True)
         stamp.write_text(key, encoding="utf-8")
     try:

@@ -21,7 +21,8 @@ class Bundle:
     `description` says what was really loaded ("SmolLM2-135M-Instruct, dequantized from Q4_1/Q8_0").
     `save_config` is the `quantization_config` dict to write into the saved `config.json` when a technique packs
     weights itself; `packed` maps a module's dotted name to the tensors to store in place of its `weight`. `files`: what a
-    technique has to say beside the weights, name → text.
+    technique has to say beside the weights, name → text. `adapter`: LoRA weights that stay beside the others, under the
+    names that peft stores them by; their `adapter_config.json` is among `files`.
     """
 
     model: PreTrainedModel
@@ -32,6 +33,7 @@ class Bundle:
     save_config: dict[str, Any] | None = None
     packed: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    adapter: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

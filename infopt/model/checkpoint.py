@@ -15,6 +15,7 @@ from infopt.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _AGAIN = "copy or download the model again"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _LARGEST_HEADER_BYTES = 100_000_000
@@ -55,7 +56,15 @@ def check_architecture(config: dict[str, Any], where: str) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files transformers would load. Raises InputError when there are none, or a shard is missing."""
+    """The safetensors files transformers would load, an adapter beside the model included.
+
+    Raises InputError when there are none, or a shard is missing.
+    """
+    adapter = [folder / ADAPTER] if (folder / ADAPTER).is_file() and (folder / ADAPTER_CONFIG).is_file() else []
+    return [*_model_files(folder), *adapter]
+
+
+def _model_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():

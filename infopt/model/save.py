@@ -84,7 +84,9 @@ def _require_format(bundle: Bundle) -> None:
         raise InputError(f"{bundle.description}: this quantization has no file format", hint="save the model before this step")
     # bitsandbytes repacks 4-bit weights at the first run on a CPU with bf16 instructions, rounds their scales, and its
     # way back stores those transposed: the saved model would be another one.
-    states = (getattr(getattr(module, "weight", None), "quant_state", None) for module in bundle.model.modules())
+    # What a technique packed was kept from before.
+    modules = [module for name, module in bundle.model.named_modules() if name.removesuffix(".base_layer") not in bundle.packed]
+    states = (getattr(getattr(module, "weight", None), "quant_state", None) for module in modules)
     if any(getattr(state, "packing_format_for_cpu", False) for state in states):
         raise InputError(
             f"{bundle.description}: its 4-bit weights were repacked when it first ran on this CPU, which cannot be undone",
@@ -95,14 +97,19 @@ def _require_format(bundle: Bundle) -> None:
 def _bytes(bundle: Bundle, tensors: Mapping[str, torch.Tensor] | None) -> int:
     if tensors is None:
         return bundle.resident_bytes()
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    every = [*tensors.values(), *bundle.adapter.values()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in every}
     return sum(storages.values())
 
 
 def _write_model(bundle: Bundle, tensors: Mapping[str, torch.Tensor] | None, folder: Path) -> None:
+    from safetensors.torch import save_file
+
     model: Any = bundle.model
     with quiet():
         model.save_pretrained(folder, **({} if tensors is None else {"state_dict": tensors}))
+    if bundle.adapter:
+        save_file({name: tensor.cpu() for name, tensor in bundle.adapter.items()}, folder / checkpoint.ADAPTER, {"format": "pt"})
     if bundle.save_config is not None:
         path = folder / "config.json"
         config = checkpoint.read_config(folder)

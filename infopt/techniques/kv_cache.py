@@ -63,7 +63,7 @@ class KvCache(Technique):
         from infopt.calibrate import blocks
         from infopt.layers import packing
 
-        if getattr(bundle.model, "hf_quantizer", None) is not None:
+        if getattr(bundle.model, "hf_quantizer", None) is not None or bundle.adapter:
             raise InputError("this quantization's file format has no place for KV scales", hint="a step such as rtn, gptq or fp8")
         for attention, scales in blocks.walk(bundle, context, (), self._see).items():
             for name, scale in scales.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -57,12 +58,18 @@ class Nf4(Technique):
         return replace(plan, quantization_config=config)
 
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
-        """Half a byte a weight, a scale a block, and the levels; each layer is quantized as it is read."""
-        scale = 1 + 4 / NESTED_BLOCK if self.options.double_quant else 4
-        element = before.weights_bytes / shapes.parameters
-        stored = before.weights_bytes - round(shapes.linear_parameters * (element - 0.5 - scale / BLOCK))
-        stored += len(shapes.linear) * (LAYER_BYTES + (NESTED_LAYER_BYTES if self.options.double_quant else 0))
+        """Each layer is quantized as it is read."""
+        stored = stored_bytes(shapes.linear.values(), shapes, before, self.options.double_quant)
         return grid.predict_load(shapes, stored, before, machine)
+
+
+def stored_bytes(layers: Collection[tuple[int, int]], shapes: Shapes, before: Prediction, double_quant: bool) -> int:
+    """Of the model `before` with `layers` ([out, in] each) in 4 bits: half a byte a weight, a scale a block, and the levels."""
+    scale = 1 + 4 / NESTED_BLOCK if double_quant else 4
+    element = before.weights_bytes / shapes.parameters
+    weights = sum(out * inner for out, inner in layers)
+    stored = before.weights_bytes - round(weights * (element - 0.5 - scale / BLOCK))
+    return stored + len(layers) * (LAYER_BYTES + (NESTED_LAYER_BYTES if double_quant else 0))
 
 
 TECHNIQUE = Nf4

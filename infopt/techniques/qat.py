@@ -39,16 +39,15 @@ class Qat(Technique):
     Jacob et al., arXiv 1712.05877, section 3: every pass rounds the weights to the grid, the gradient goes through the
     rounding as if it were not there (straight-through), and a float32 master takes the steps. The loss is the KL
     divergence to the model's own logits from before, on the calibration text (distillation, as in LLM-QAT, arXiv
-    2305.17888), so no labels are needed. Pays at 3 bits and below; minutes for 100 M parameters on a CPU, a GPU for
-    larger ones. The artifact is that of `rtn`. An interrupted run starts over.
+    2305.17888), so no labels are needed. Meant for 3 bits and below. Needs 20 bytes per trained weight beside the
+    model, all of it on one device. The artifact is that of `rtn`. An interrupted run starts over.
 
     bits           2, 3, 4 or 8 per weight, default 4.
     group_size     input features that share a scale, ≥ 8, default 64; must divide every layer's inputs. null: per row.
     symmetric      true (default): q·scale. false: (q − zero)·scale, closer at 3 bits and below.
-    epochs         times that training goes over the calibration text, ≥ 1, default 2. More text is worth more than more
-                   epochs.
+    epochs         times that training goes over the calibration text, ≥ 1, default 2.
     learning_rate  of AdamW at its highest; rises over the first 5 % of the steps, then falls linearly to zero. Default 0.0001.
-    batch          calibration windows a step, ≥ 1, default 1: with little text, more steps are worth more than surer ones.
+    batch          calibration windows a step, ≥ 1, default 1; more are fewer, surer steps for less time.
     scale_dtype    what scales are stored in: auto (the model's dtype, default), float32, bfloat16, float16.
     ignore         modules left alone, as globs or last parts; default [lm_head].
     """

@@ -56,7 +56,7 @@ def nothing_but(*names: str) -> bool:
 RECIPES = {
     "{version: 1, stepz: []}": ("stepz: unknown key 'stepz'; did you mean 'steps'?", "schema"),
     "{version: 1, steps: [{rtn: {bit: 4}}]}": ("steps[0].rtn.bit: unknown key 'bit'; did you mean 'bits'?", None),
-    "{version: 1, steps: [{rtn: {bits: four}}]}": ('steps[0].rtn.bits: found "four"; allowed: 4, 8', None),
+    "{version: 1, steps: [{rtn: {bits: four}}]}": ('steps[0].rtn.bits: found "four"; allowed: 2, 3, 4, 8', None),
     "{version: 1, steps: [rtm]}": ("steps[0]: unknown technique 'rtm'; did you mean 'rtn'?", "infopt recipes list"),
     "{version: 1, engine: {name: vlm}}": ("engine.name: unknown engine 'vlm'", None),
     "{version: 1, gates: {tpot.p50: {max: 1}}}": ("gates.tpot.p50: unknown figure 'tpot.p50'", ""),

@@ -12,11 +12,12 @@ from stub_techniques import CALIBRATION
 
 from infopt.calibrate.distillation import divergence
 from infopt.errors import InputError, RecipeError
+from infopt.layers import normal_float
 from infopt.layers.student_linear import StudentLinear
 from infopt.model import load, reference, save, shapes
 from infopt.model.bundle import Bundle
 from infopt.protocols import Context
-from infopt.techniques.qlora import nearest_of_rank, normal_float
+from infopt.techniques.qlora import nearest_of_rank
 
 Make = Callable[..., Any]
 Build = Callable[..., Any]
@@ -42,8 +43,8 @@ def test_a_matrix_of_zeros_has_a_start_too() -> None:
 def test_without_adapters_it_is_nf4(make: Make, build: Build, tiny_bundle: Bundle) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
-    ours = build(make("qlora", init="zero", epochs=0)).model.model.layers[0].mlp.up_proj.weight
-    assert torch.equal(ours, normal_float(tiny_bundle.model.model.layers[0].mlp.up_proj.weight.data, True))
+    ours = build(make("qlora", init="zero", epochs=0, keep="merged")).model.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(ours, normal_float.rounded(tiny_bundle.model.model.layers[0].mlp.up_proj.weight.data, True))
     theirs = build(make("nf4", compute_dtype="float32")).model.model.layers[0].mlp.up_proj.weight
     torch.testing.assert_close(ours, dequantize_4bit(theirs.data, theirs.quant_state).float(), rtol=0.01, atol=1e-4)
 
@@ -72,7 +73,7 @@ def test_every_architecture_is_merged_and_loads_back(
     kind: str, dtype: str, make: Make, build: Build, logits: Any, tmp_path: Path
 ) -> None:
     original = load.load(reference.parse(kind)).model
-    bundle = build(make("qlora", rank=4), kind, dtype)
+    bundle = build(make("qlora", rank=4, keep="merged"), kind, dtype)
     assert type(bundle.model) is type(original)
     assert {name for name, _ in bundle.model.named_modules()} == {name for name, _ in original.named_modules()}
     assert not any(isinstance(module, StudentLinear) for module in bundle.model.modules())
@@ -98,7 +99,7 @@ def test_random_numbers_are_its_own(make: Make, build: Build) -> None:
 
 
 def test_a_later_step_may_round_the_sum(make: Make, build: Build) -> None:
-    bundle = make("rtn", group_size=32).apply(build(make("qlora", epochs=0)), Context())
+    bundle = make("rtn", group_size=32).apply(build(make("qlora", epochs=0, keep="merged")), Context())
     assert bundle.packed
 
 

@@ -21,7 +21,6 @@ def main() -> None:
     job.say_bars()
     options = job.options
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype="auto")
-    is_single = model.dtype == torch.float32
     work = AutoRound(
         model,
         AutoTokenizer.from_pretrained(job.model),
@@ -33,7 +32,6 @@ def main() -> None:
         iters=options["iters"],
         batch_size=options["batch_size"],
         scale_dtype={"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[options["scale_dtype"]],
-        amp=not is_single,
         device_map=job.device,
         enable_torch_compile=False,  # saves a fifth of the steps, costs a minute and a compiler
         seed=job.seed,
