@@ -88,10 +88,10 @@ class OpenArm:
             "machine": asdict(self.machine),
             "traffic": self._traffic(),
             "figures": {
-                key: value(key, number).model_dump()
+                key: value(key, number, reason="its weights are those it came with").model_dump()
                 for key, number in (
                     ("load_s", self.load_s),
-                    *self._made(),
+                    ("optimize_s", self._optimize_s()),
                     ("first_run_s", self.first_run_s),
                     ("weights_bytes", float(shapes.stored_bytes(self.reference))),
                     ("resident_weights_bytes", float(self.bundle.resident_bytes())),
@@ -99,11 +99,11 @@ class OpenArm:
             },
         }
 
-    def _made(self) -> list[tuple[str, float]]:
+    def _optimize_s(self) -> float | None:
         """What an artifact says of its making."""
         if not self.spec.is_artifact:
-            return []
-        return [("optimize_s", sum(step.seconds for step in artifact.read_artifact(Path(self.spec.model)).steps))]
+            return None
+        return sum(step.seconds for step in artifact.read_artifact(Path(self.spec.model)).steps)
 
     def block(self, index: int, round: int, position: int, is_first: bool, warmup_cap: int, warmup_later: int) -> dict[str, Any]:
         """One measured block of the workload."""

@@ -76,7 +76,7 @@ def test_what_changes_the_weights_changes_the_artifact(built: list[Recipe], monk
         ensure(chosen("rtn"), model="tiny-qwen2"),
         ensure(chosen(engine={"dtype": "float16"})),
     ]
-    monkeypatch.setattr(pipeline, "versions", lambda: {"torch": "0"})
+    monkeypatch.setattr(pipeline, "versions", lambda *found: {"torch": "0"})
     folders.append(ensure(chosen("rtn")))
     assert len(set(folders)) == len(folders) == len(built)
 

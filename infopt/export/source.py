@@ -97,6 +97,8 @@ def _make_plain(source: Source) -> None:
     from infopt.layers import packing
 
     model: Any = source.bundle.model
+    if getattr(model, "peft_config", None):
+        raise InputError(f"{source.text}: its adapters lie beside its weights", hint="qlora with keep: merged")
     modules = dict(model.named_modules())
     packed = [name for name, module in modules.items() if getattr(module, "quantization_scheme", None) is not None]
     source.was_packed = getattr(model, "hf_quantizer", None) is not None

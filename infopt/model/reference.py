@@ -25,7 +25,8 @@ KNOWN = ("demo", *tiny.KINDS)
 _FORMS = "allowed: a folder, a .gguf file, a hub id, `demo` or `tiny`"
 _CONTENT = (
     "config.json", "adapter_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model", "vocab.json", "vocab.txt",
+    "merges.txt",
 )  # fmt: skip
 
 

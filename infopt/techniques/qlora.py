@@ -147,7 +147,10 @@ class Qlora(Technique):
             packed[name], quantized = normal_float.pack(student.plain(student.original), o.double_quant, dtype)
             model.set_submodule(name, quantized)
         ignored = packing.left_alone(model, packed)
-        peft.inject_adapter_in_model(config, model)
+        with torch.random.fork_rng():  # the adapters start random, and are overwritten
+            model.is_loaded_in_4bit = True  # peft then takes the layer that a reader's will take
+            peft.inject_adapter_in_model(config, model)
+            del model.is_loaded_in_4bit
         for name in packed:
             for part in ("lora_A", "lora_B"):
                 getattr(model.get_submodule(name), part)["default"].weight.data = adapter[f"{name}.{part}"]

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from stub_techniques import CALIBRATION
 
 from infopt.calibrate.distillation import divergence
 from infopt.errors import InputError, RecipeError
+from infopt.export.source import open_source
 from infopt.layers import normal_float
 from infopt.layers.student_linear import StudentLinear
-from infopt.model import load, reference, save, shapes
+from infopt.model import checkpoint, load, reference, save, shapes
 from infopt.model.bundle import Bundle
 from infopt.protocols import Context
+from infopt.settings import LoadOptions
 from infopt.techniques.qlora import nearest_of_rank
 
+BESIDE = [("tiny", "bfloat16", "bfloat16"), ("tiny-qwen2", "float32", "bfloat16"), ("tiny-gemma3", "bfloat16", "float32")]
 Make = Callable[..., Any]
 Build = Callable[..., Any]
 
@@ -53,12 +60,18 @@ def test_each_part_brings_it_closer_to_the_model(make: Make, build: Build, tiny_
     ids = torch.tensor(CALIBRATION)
 
     def lost(**options: Any) -> float:
-        bundle = build(make("qlora", **options))
+        bundle = build(make("qlora", compute_dtype="float32", **options))
         with torch.inference_mode():
             return divergence(
                 bundle.model(input_ids=ids).logits.flatten(0, 1), tiny_bundle.model(input_ids=ids).logits.flatten(0, 1)
             )[0]
 
+    with torch.inference_mode():
+        logits = (
+            build(make("nf4", compute_dtype="float32")).model(input_ids=ids).logits,
+            tiny_bundle.model(input_ids=ids).logits,
+        )
+    assert lost() < 0.8 * divergence(*(part.flatten(0, 1) for part in logits))[0]
     plain = lost(init="zero", epochs=0)
     start = lost(epochs=0)
     assert start < 0.8 * plain
@@ -88,6 +101,72 @@ def test_every_architecture_is_merged_and_loads_back(
     assert not list((tmp_path / "out").glob("adapter*"))
     again = load.load(reference.parse(str(tmp_path / "out")))
     torch.testing.assert_close(logits(again), logits(bundle), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft uses transformers' old name
+@pytest.mark.parametrize(("kind", "dtype", "compute"), BESIDE)
+def test_kept_beside_it_is_nf4_with_an_adapter(
+    kind: str, dtype: str, compute: str, make: Make, build: Build, logits: Any, tmp_path: Path
+) -> None:
+    """The 4-bit weights are those of `nf4` to the byte; transformers opens the folder, and peft the adapter over `nf4`."""
+    options = {"rank": 4, "compute_dtype": compute}
+    bundle = build(make("qlora", **options), kind, dtype)
+    save.save(bundle, tmp_path / "out")
+    save.save(build(make("nf4", compute_dtype=compute), kind, dtype), tmp_path / "nf4")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "nf4"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    made = logits(bundle)
+    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "nf4").eval()
+    over = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "nf4"), tmp_path / "out", autocast_adapter_dtype=False
+    )
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for model, by in ((whole, "transformers"), (over, "peft")):
+        found = logits(replace(bundle, model=model.eval()))
+        torch.testing.assert_close(found, made, rtol=0, atol=1e-5, msg=lambda said, by=by: f"{by}: {said}")
+    assert (logits(replace(bundle, model=alone)) - made).abs().max() > 0.05, "the adapter says nothing"
+    torch.testing.assert_close(logits(load.load(reference.parse(str(tmp_path / "out")))), made, rtol=0, atol=1e-5)
+
+
+def test_adapters_count_as_weights(make: Make, build: Build, tmp_path: Path) -> None:
+    bundle = build(make("qlora", rank=4))
+    logits_before = bundle.model(input_ids=torch.tensor(CALIBRATION[:1])).logits  # it may be saved after it ran
+    predicted = save.stored_bytes(bundle)
+    saved = save.save(bundle, tmp_path / "out")
+    adapter = tmp_path / "out" / "adapter_model.safetensors"
+    stored = load_file(adapter)
+    assert saved.weights_bytes == predicted == checkpoint.tensor_bytes(tmp_path / "out")
+    linear = shapes.shapes(reference.parse("tiny")).linear.values()
+    assert sum(tensor.nbytes for tensor in stored.values()) == sum(4 * 2 * (out + inner) for out, inner in linear)
+    again = load.load(reference.parse(str(tmp_path / "out")))
+    torch.testing.assert_close(again.model(input_ids=torch.tensor(CALIBRATION[:1])).logits, logits_before, rtol=0, atol=1e-5)
+    save_file({name: tensor + 1 for name, tensor in stored.items()}, adapter)
+    assert reference.content_hash(tmp_path / "out") != saved.content_hash
+
+
+def test_ignored_layers_stay_as_they_were(make: Make, build: Build, logits: Any, tmp_path: Path) -> None:
+    bundle = build(make("qlora", ignore=["lm_head", "down_proj", "model.layers.0.*"]))
+    save.save(bundle, tmp_path / "out")
+    original = load.load(reference.parse("tiny")).model.state_dict()
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    whole = {name for name in stored if name in original and stored[name].dtype == torch.float32}
+    assert all(torch.equal(stored[name], original[name]) for name in whole)
+    assert {"model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"} <= whole
+    assert "model.layers.1.mlp.up_proj.weight.absmax" in stored
+    again = load.load(reference.parse(str(tmp_path / "out")))
+    torch.testing.assert_close(logits(again), logits(bundle), rtol=0, atol=1e-5)
+
+
+def test_what_cannot_follow_an_adapter_kept_beside(make: Make, build: Build, tmp_path: Path) -> None:
+    bundle = build(make("qlora", epochs=0))
+    for name in ("rtn", "kv_cache"):
+        with pytest.raises(InputError):
+            make(name).apply(bundle, Context(calibration_ids=CALIBRATION))
+    save.save(bundle, tmp_path / "out")
+    with pytest.raises(InputError, match="its adapters lie beside its weights"):
+        open_source(str(tmp_path / "out"), LoadOptions(), lambda line: None)
 
 
 def test_random_numbers_are_its_own(make: Make, build: Build) -> None:
