@@ -1,6 +1,6 @@
 """How much of what rounding loses does each method save? On text that calibration never saw, window by window.
 
-    python benchmarks/quantization.py [--model demo] [--windows 16] [--only gptq4 …] [--out FOLDER]
+    python benchmarks/quantization.py [--model demo] [--windows 16] [--only gptq_int4 …] [--out FOLDER]
 
 Every arm is made by `infopt optimize` (or taken from the cache), opened as its users open it, and scored against the
 unquantized model on the same windows of the bundled evaluation text. A share is 1 − mean KLD of the candidate ÷ mean KLD
@@ -34,40 +34,38 @@ TOKENS = 512
 DRAWS = 10_000
 OPTIONS = LoadOptions(device="cpu")
 
-W8A8: dict[str, Any] = {"rtn": {"bits": 8, "group_size": None, "activations": "token"}}
-ARMS: dict[str, list[dict[str, Any]]] = {
-    "rtn4": [{"rtn": {"bits": 4}}],
-    "gptq4": [{"gptq": {"bits": 4}}],
+#: Recipes as they are shipped, and what stands beside them.
+SHIPPED = (
+    "rtn_int4", "gptq_int4", "awq_int4", "autoround_int4", "llmcompressor_gptq", "qat_int3", "rtn_w8a8", "smoothquant_int8",
+    "llmcompressor_smoothquant", "mixed_int4", "nf4", "qlora_nf4",
+)  # fmt: skip
+VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gptq4_in_order": [{"gptq": {"bits": 4, "act_order": False}}],
-    "awq4": [{"awq": {"bits": 4}}],
-    "autoround4": [{"autoround": {"bits": 4}}],
-    "llmcompressor4": [{"llmcompressor": {"method": "gptq", "bits": 4}}],
     "rtn4_row": [{"rtn": {"bits": 4, "group_size": None}}],
     "gptq4_row": [{"gptq": {"bits": 4, "group_size": None}}],
     "rtn3": [{"rtn": {"bits": 3}}],
     "gptq3": [{"gptq": {"bits": 3}}],
-    "qat3": [{"qat": {"bits": 3}}],
     "rtn8_row": [{"rtn": {"bits": 8, "group_size": None}}],
-    "w8a8": [W8A8],
-    "smooth_w8a8": [{"smoothquant": {}}, W8A8],
-    "llmcompressor_w8a8": [{"llmcompressor": {"method": "smoothquant"}}],
     "mixed_rtn": [{"mixed": {"method": "rtn"}}],
-    "mixed_gptq": [{"mixed": {"method": "gptq"}}],
+    "mixed_smaller": [{"mixed": {"average_bits": 3.75}}],
 }
+ARMS = (*SHIPPED, *VARIANTS)
 #: (what, baseline, candidate, least share of the baseline's KLD that is removed)
 SHARES = [
-    ("4 bits, group 64: gptq", "rtn4", "gptq4_in_order", 0.20),
-    ("4 bits, group 64: gptq with act-order", "rtn4", "gptq4", 0.30),
-    ("4 bits, group 64: awq", "rtn4", "awq4", None),
-    ("4 bits, group 64: autoround", "rtn4", "autoround4", None),
+    ("4 bits, group 64: gptq", "rtn_int4", "gptq4_in_order", 0.20),
+    ("4 bits, group 64: gptq with act-order", "rtn_int4", "gptq_int4", 0.30),
+    ("4 bits, group 64: awq", "rtn_int4", "awq_int4", None),
+    ("4 bits, group 64: autoround", "rtn_int4", "autoround_int4", None),
     ("4 bits, per row: gptq", "rtn4_row", "gptq4_row", 0.40),
     ("3 bits, group 64: gptq", "rtn3", "gptq3", 0.45),
-    ("3 bits, group 64: qat", "rtn3", "qat3", 0.40),
-    ("W8A8: smoothquant", "w8a8", "smooth_w8a8", 0.0),
-    ("mixed at the bytes of 4 bits, rounding", "rtn4", "mixed_rtn", 0.10),
-    ("mixed at the bytes of 4 bits, gptq", "gptq4", "mixed_gptq", 0.10),
-    ("gptq against llm-compressor's", "llmcompressor4", "gptq4", -0.02),
-    ("smoothquant against llm-compressor's", "llmcompressor_w8a8", "smooth_w8a8", -0.02),
+    ("3 bits, group 64: qat", "rtn3", "qat_int3", 0.40),
+    ("W8A8: smoothquant", "rtn_w8a8", "smoothquant_int8", 0.0),
+    ("mixed at the bytes of 4 bits, rounding", "rtn_int4", "mixed_rtn", 0.10),
+    ("mixed at the bytes of 4 bits, gptq", "gptq_int4", "mixed_int4", 0.10),
+    ("mixed in fewer bytes, gptq", "gptq_int4", "mixed_smaller", 0.0),
+    ("qlora over nf4", "nf4", "qlora_nf4", 0.0),
+    ("gptq against llm-compressor's", "llmcompressor_gptq", "gptq_int4", -0.02),
+    ("smoothquant against llm-compressor's", "llmcompressor_smoothquant", "smoothquant_int8", -0.02),
 ]
 
 
@@ -96,7 +94,7 @@ class Bench:
             self.reference = [bundle.model(input_ids=torch.tensor([w]), use_cache=False).logits for w in self.windows]
 
     def score(self, name: str) -> Scored:
-        chosen = recipe.parse({"version": 1, "name": name, "steps": ARMS[name], "calibration": CALIBRATION}, techniques.find)
+        chosen = chosen_recipe(name)
         folder = optimize.ensure(
             ArmSpec(name, self.model, chosen), OPTIONS, lambda line: print(f"\r{name}: {line:<60}", end="", file=sys.stderr)
         )
@@ -118,6 +116,12 @@ class Bench:
         )  # fmt: skip
 
 
+def chosen_recipe(name: str) -> recipe.Recipe:
+    if name in SHIPPED:
+        return recipe.load(name, techniques.find)
+    return recipe.parse({"version": 1, "name": name, "steps": VARIANTS[name], "calibration": CALIBRATION}, techniques.find)
+
+
 def removed(baseline: Scored, candidate: Scored) -> tuple[float, float, float]:
     """Share of the baseline's mean KLD that the candidate does not have, with a 95 % bootstrap interval over windows."""
     a, b = np.array(baseline.kld), np.array(candidate.kld)
@@ -130,7 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--only", nargs="*", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--only", nargs="*", choices=ARMS, default=ARMS)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     bench, scores = Bench(asked.model, asked.windows), {}

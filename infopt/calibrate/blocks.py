@@ -18,14 +18,16 @@ from torch import nn
 
 from infopt.calibrate.unfinished import Unfinished
 from infopt.errors import InputError
+from infopt.kernels.onednn import OneDnn
 from infopt.layers.grid import is_ignored
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
     from infopt.protocols import Context
 
-#: Activations of one batch inside a block; more rows at once are no faster once the matrices are this tall.
-BATCH_BYTES = 128 << 20
+#: Activations of one batch inside a block: what a CPU's last cache holds, and what fills an accelerator.
+BATCH_BYTES = {"cpu": 32 << 20}
+BATCH_BYTES_ELSEWHERE = 512 << 20
 #: Outputs of finished layers that a block keeps, so that its next pass need not compute them again.
 KEPT_BYTES = 1 << 30
 
@@ -203,9 +205,10 @@ def walk(bundle: Bundle, context: Context, ignore: Iterable[str], work: Work) ->
         context.progress(f"block {index + 1}/{len(blocks)}")
         module = blocks[index].to(device)
         block = Block(index, f"{name}.{index}", module, inputs, arguments[index], device, tuple(ignore))
-        work(block)
-        if index + 1 < len(blocks):
-            block.advance()
+        with OneDnn():
+            work(block)
+            if index + 1 < len(blocks):
+                block.advance()
         block.close()
         module.to(bundle.device)
         packed.update(block.packed)
@@ -231,7 +234,7 @@ def capture(
     No block runs: each hands its input on. So embeddings, masks and rotary angles are all that is computed. `rows`:
     samples in a batch, by memory when None.
     """
-    rows = rows or rows_at_once(blocks[0], len(samples[0]))
+    rows = rows or rows_at_once(blocks[0], len(samples[0]), device)
     inputs: list[torch.Tensor] = []
     arguments: list[dict[int, dict[str, Any]]] = [{} for _ in blocks]
 
@@ -268,8 +271,8 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def rows_at_once(block: nn.Module, tokens: int) -> int:
-    """Samples in a batch, so that what a block computes on the way stays within BATCH_BYTES."""
+def rows_at_once(block: nn.Module, tokens: int, device: torch.device) -> int:
+    """Samples in a batch, so that what a block computes on the way stays within BATCH_BYTES of the device."""
     widths = sum(module.out_features for module in block.modules() if isinstance(module, nn.Linear))
     per_row = max(1, tokens * widths * next(block.parameters()).element_size())
-    return max(1, BATCH_BYTES // per_row)
+    return max(1, BATCH_BYTES.get(device.type, BATCH_BYTES_ELSEWHERE) // per_row)

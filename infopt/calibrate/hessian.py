@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import linear
 
 #: Input features in one block of the product; only the blocks on and above the diagonal are multiplied.
 BLOCK = 256
@@ -20,14 +21,14 @@ class Hessian:
 
     def add(self, x: torch.Tensor) -> None:
         """`x` [tokens, in]"""
-        x = x.float()
-        features = x.shape[1]
+        x = x.float().T.contiguous()
+        features = len(x)
         if self._sum is None:
             self._sum = torch.zeros(features, features, device=x.device)
         for start in range(0, features, BLOCK):
             end = min(start + BLOCK, features)
-            self._sum[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
-        self.tokens += x.shape[0]
+            self._sum[start:end, start:] += linear(x[start:end], x[start:])
+        self.tokens += x.shape[1]
 
     def mean(self) -> torch.Tensor:
         """H. Call it once: the sum is scaled in place."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from infopt.calibrate.blocks import Block, capture, decoder_blocks
+from infopt.kernels.onednn import OneDnn
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
@@ -81,10 +82,11 @@ class Probe:
     @torch.no_grad()
     def kld(self, first: int = 0) -> float:
         """Mean KLD(reference ‖ model as it is now), in nats, when no block before `first` has changed."""
-        hidden = self.inputs[first]
-        for index in range(first, len(self.blocks)):
-            hidden = self.step(index, hidden)
-        logits, total = self.tail(hidden), 0.0
+        with OneDnn():
+            hidden = self.inputs[first]
+            for index in range(first, len(self.blocks)):
+                hidden = self.step(index, hidden)
+            logits, total = self.tail(hidden), 0.0
         for start in range(0, len(logits), CHUNK):
             part = slice(start, start + CHUNK)
             cross = logits[part].logsumexp(-1) - (self.reference[part] * logits[part]).sum(-1)

@@ -211,7 +211,9 @@ def rounded(weight: torch.Tensor, rule: Grid, shrink: torch.Tensor | float = 1.0
 
 def cost(error: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr(Δ·H·Δᵀ)"""
-    return float((error @ hessian).mul_(error).sum())
+    from torch.nn.functional import linear
+
+    return float(linear(error, hessian).mul_(error).sum())  # H is symmetric
 
 
 TECHNIQUE = Awq

@@ -103,15 +103,17 @@ def scale(largest: torch.Tensor, weight: torch.Tensor, strength: float) -> torch
 
 def cheapest(weight: torch.Tensor, x: torch.Tensor, scales: list[torch.Tensor]) -> torch.Tensor:
     """Of `scales` ([in] each) the one with the least ‖Q(x/s)·Q(W·s)ᵀ − x·Wᵀ‖, Q to int8 per token of x [tokens, in] and row."""
+    from torch.nn.functional import linear
+
     from infopt.layers import packing
     from infopt.layers.activation_linear import round_tokens
 
-    exact = x @ weight.T
+    exact = linear(x, weight)
     costs = []
     for s in scales:
         scaled = weight * s
         rounded = packing.nearest(scaled, packing.fit(scaled, Grid(8)), Grid(8))
-        costs.append(float((round_tokens(x / s, "int") @ rounded.T - exact).square().sum()))
+        costs.append(float((linear(round_tokens(x / s, "int"), rounded) - exact).square().sum()))
     return scales[costs.index(min(costs))]
 
 

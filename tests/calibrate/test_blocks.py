@@ -106,7 +106,7 @@ def test_layers_in_turn_see_inputs_from_those_already_changed(monkeypatch: pytes
 def test_batches_are_cut_to_memory_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole: list[torch.Tensor] = []
     blocks.walk(opened(), CONTEXT, IGNORE, lambda block: whole.append(torch.cat(block.inputs)))
-    monkeypatch.setattr(blocks, "BATCH_BYTES", 64 * 500 * 4 * 3)
+    monkeypatch.setitem(blocks.BATCH_BYTES, "cpu", 64 * 500 * 4 * 3)
     cut: list[int] = []
     parts: list[torch.Tensor] = []
 

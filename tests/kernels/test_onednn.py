@@ -1,0 +1,58 @@
+"""float32 products through oneDNN: the same numbers, and nothing else touched."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from infopt.kernels import onednn
+from infopt.kernels.onednn import OneDnn
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.mark.parametrize("shape", [(48,), (5, 48), (2, 3, 48), (1, 1, 48)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_float32_ones(shape: tuple[int, ...], bias: bool) -> None:
+    layer = torch.nn.Linear(48, 32, bias=bias).requires_grad_(False)
+    x = torch.randn(shape)
+    exact = linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    with patch.object(onednn, "_linear", wraps=onednn._linear) as taken, OneDnn():
+        y = layer(x)
+    assert taken.call_count == 1
+    assert y.shape == exact.shape
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-6)  # bfloat16 operands would be off by 1e-3
+
+
+def test_views_are_read_as_they_lie() -> None:
+    x, weight = torch.randn(6, 40)[:, ::2], torch.randn(20, 9).T
+    with OneDnn():
+        y = linear(x, weight)
+    torch.testing.assert_close(y, x @ weight.T, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.randn(3, 8, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)),
+        (torch.randn(3, 8).bfloat16(), torch.randn(4, 8).bfloat16()),
+        (torch.randn(0, 8), torch.randn(4, 8)),
+        (torch.randn(3, 8), torch.randn(4, 8, requires_grad=True)),
+    ],
+    ids=["float64", "bfloat16", "empty", "a gradient is asked for"],
+)
+def test_everything_else_goes_where_it_went(x: torch.Tensor, weight: torch.Tensor) -> None:
+    with patch.object(onednn, "_linear", side_effect=AssertionError), OneDnn():
+        y = linear(x, weight)
+    torch.testing.assert_close(y, linear(x, weight))
+    assert y.requires_grad == weight.requires_grad
+
+
+def test_outside_nothing_is_intercepted() -> None:
+    with OneDnn():
+        pass
+    with patch.object(onednn, "_linear", side_effect=AssertionError):
+        linear(torch.randn(3, 8), torch.randn(4, 8))
