@@ -55,12 +55,16 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 OPTIONS = LoadOptions(device="cpu")
 
-#: Recipes whose artifacts are read. Those that are not there yet are left out.
-RECIPES = (
-    "bf16", "rtn_int8", "int8", "rtn_int4", "gptq_int4", "gptq_int3", "awq_int4", "autoround_int4", "mixed", "mixed_int4",
-    "qat_int3", "qat_int4", "rtn_w8a8", "smoothquant_int8", "fp8", "mxfp4", "nvfp4", "nf4", "bnb_int8", "llmcompressor_gptq",
+#: Artifacts that are read: shipped recipes, and some of them with a setting changed.
+RECIPES: dict[str, tuple[str, ...]] = dict.fromkeys((
+    "rtn_int8", "int8", "rtn_int4", "gptq_int4", "awq_int4", "autoround_int4", "mixed_int4", "qat_int3", "rtn_w8a8",
+    "smoothquant_int8", "fp8", "mxfp4", "nvfp4", "nf4", "qlora_nf4", "bnb_int8", "llmcompressor_gptq",
     "llmcompressor_smoothquant", "llmcompressor_fp8", "llmcompressor_nvfp4",
-)  # fmt: skip
+), ()) | {
+    "rtn_int4, a zero point": ("steps.0.rtn.symmetric=false",),
+    "rtn_int4, per row": ("steps.0.rtn.group_size=null",),
+    "mixed_int4, for vLLM": ("steps.0.mixed.widths=[4, 8]", "steps.0.mixed.average_bits=5"),
+}  # fmt: skip
 #: (name, recipe or None for the model itself, format, type)
 EXPORTS = (
     *((f"gguf-{kind}", None, "gguf", kind) for kind in ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q4_1", "q4_0")),
@@ -143,13 +147,13 @@ class Row:
 def subjects(model: str, only: str, work: Path) -> Iterator[Subject]:
     """Artifacts from infopt's cache, made there if need be, and exports, made afresh."""
     made: dict[str, Path] = {}
-    for name in RECIPES:
+    for name, overrides in RECIPES.items():
         wanted = fnmatch(name, only) or any(source == name and fnmatch(export_name, only) for export_name, source, *_ in EXPORTS)
-        if not wanted or name not in recipe.shipped():
+        if not wanted:
             continue
         print(f"making {name}", file=sys.stderr)
         try:
-            folder = optimize.ensure(arms.spec(model, name, (), None), OPTIONS)
+            folder = optimize.ensure(arms.spec(model, name.split(",")[0], overrides, None), OPTIONS)
         except InfoptError as error:
             print(f"  {error}", file=sys.stderr)
             continue

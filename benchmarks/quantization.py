@@ -116,6 +116,36 @@ class Bench:
         )  # fmt: skip
 
 
+def markdown(document: dict[str, Any]) -> str:
+    """The same for people."""
+    size = document["calibration"]
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
+    lines = [
+        f"# What each method saves: `{document['model']}`",
+        "",
+        f"{document['windows']} windows of {document['tokens']} tokens that calibration never saw, against the unquantized model "
+        f"in float32; {size['samples']} × {size['tokens']} calibration tokens; 95 % intervals over windows. Seconds are those of "
+        f"the steps, measured once. {versions}.",
+        "",
+        "| recipe | KLD, nats | perplexity × | top-1 | stored | to make |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for name, arm in document["arms"].items():
+        ratio = f"{arm['ppl_ratio']:.4f} [{arm['ppl_ratio_low'] or 0:.4f}, {arm['ppl_ratio_high'] or 0:.4f}]"
+        stored, seconds = units.size(arm["weights_bytes"]), f"{arm['seconds']:.0f} s"
+        lines.append(f"| `{name}` | {arm['kld_mean']:.4f} | {ratio} | {arm['top1_agreement']:.1%} | {stored} | {seconds} |")
+    lines += [
+        "",
+        "| share of the baseline's KLD that is removed | baseline | candidate | share | wanted |",
+        "|---|---|---|---|---|",
+    ]
+    for row in document["shares"]:
+        wanted = "" if row["least"] is None else f"≥ {row['least']:.0%}"
+        share = f"{row['share']:.1%} [{row['low']:.1%}, {row['high']:.1%}]"
+        lines.append(f"| {row['what']} | `{row['baseline']}` | `{row['candidate']}` | {share} | {wanted} |")
+    return "\n".join([*lines, ""])
+
+
 def chosen_recipe(name: str) -> recipe.Recipe:
     if name in SHIPPED:
         return recipe.load(name, techniques.find)
@@ -176,6 +206,7 @@ def main() -> int:
             "arms": {name: asdict(found) for name, found in scores.items()}, "shares": rows,
         }  # fmt: skip
         (asked.out / "quantization.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        (asked.out / "quantization.md").write_text(markdown(document), encoding="utf-8")
     return int(failed)
 
 

@@ -34,7 +34,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     operands = [x, weight] if bias is None else [x, weight, bias]
     return (
-        torch.backends.mkldnn.is_available()
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and all(part.device.type == "cpu" and part.dtype == torch.float32 and part.numel() > 0 for part in operands)
         and not (torch.is_grad_enabled() and any(part.requires_grad for part in operands))
     )

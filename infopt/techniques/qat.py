@@ -27,7 +27,7 @@ class QatOptions(Options):
     group_size: int | None = Field(default=64, ge=8)
     symmetric: bool = True
     epochs: int = Field(default=2, ge=1)
-    learning_rate: float = Field(default=0.0001, gt=0)
+    learning_rate: float = Field(default=0.0003, gt=0)
     batch: int = Field(default=1, ge=1)
     scale_dtype: ScaleDType = "auto"
     ignore: Modules = ("lm_head",)
@@ -46,7 +46,7 @@ class Qat(Technique):
     group_size     input features that share a scale, ≥ 8, default 64; must divide every layer's inputs. null: per row.
     symmetric      true (default): q·scale. false: (q − zero)·scale, closer at 3 bits and below.
     epochs         times that training goes over the calibration text, ≥ 1, default 2.
-    learning_rate  of AdamW at its highest; rises over the first 5 % of the steps, then falls linearly to zero. Default 0.0001.
+    learning_rate  of AdamW at its highest; rises over the first 5 % of the steps, then falls linearly to zero. Default 0.0003.
     batch          calibration windows a step, ≥ 1, default 1; more are fewer, surer steps for less time.
     scale_dtype    what scales are stored in: auto (the model's dtype, default), float32, bfloat16, float16.
     ignore         modules left alone, as globs or last parts; default [lm_head].
