@@ -57,13 +57,12 @@ OPTIONS = LoadOptions(device="cpu")
 
 #: Artifacts that are read: shipped recipes, and some of them with a setting changed.
 RECIPES: dict[str, tuple[str, ...]] = dict.fromkeys((
-    "rtn_int8", "int8", "rtn_int4", "gptq_int4", "awq_int4", "autoround_int4", "mixed_int4", "qat_int3", "rtn_w8a8",
+    "rtn_int8", "int8", "rtn_int4", "gptq_int4", "awq_int4", "autoround_int4", "mixed_int4", "mixed_vllm", "qat_int3", "rtn_w8a8",
     "smoothquant_int8", "fp8", "mxfp4", "nvfp4", "nf4", "qlora_nf4", "bnb_int8", "llmcompressor_gptq",
     "llmcompressor_smoothquant", "llmcompressor_fp8", "llmcompressor_nvfp4",
 ), ()) | {
     "rtn_int4, a zero point": ("steps.0.rtn.symmetric=false",),
     "rtn_int4, per row": ("steps.0.rtn.group_size=null",),
-    "mixed_int4, for vLLM": ("steps.0.mixed.widths=[4, 8]", "steps.0.mixed.average_bits=5"),
 }  # fmt: skip
 #: (name, recipe or None for the model itself, format, type)
 EXPORTS = (
