@@ -49,7 +49,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gptq3": [{"gptq": {"bits": 3}}],
     "rtn8_row": [{"rtn": {"bits": 8, "group_size": None}}],
     "mixed_rtn": [{"mixed": {"method": "rtn"}}],
-    "mixed_smaller": [{"mixed": {"average_bits": 3.75}}],
+    "mixed_smaller": [{"mixed": {"average_bits": 3.93}}],
+    "mixed_rtn_smaller": [{"mixed": {"method": "rtn", "average_bits": 3.85}}],
 }
 ARMS = (*SHIPPED, *VARIANTS)
 #: (what, baseline, candidate, least share of the baseline's KLD that is removed, whether the whole interval must lie above)
@@ -65,6 +66,7 @@ SHARES: list[tuple[str, str, str, float | None, bool]] = [
     ("mixed at the bytes of 4 bits, rounding", "rtn_int4", "mixed_rtn", 0.10, False),
     ("mixed at the bytes of 4 bits, gptq", "gptq_int4", "mixed_int4", 0.10, False),
     ("mixed in fewer bytes, gptq", "gptq_int4", "mixed_smaller", 0.0, False),
+    ("mixed in fewer bytes, rounding", "rtn_int4", "mixed_rtn_smaller", 0.0, False),
     ("qlora over nf4", "nf4", "qlora_nf4", 0.0, True),
     ("gptq over llm-compressor's", "llmcompressor_gptq", "gptq_int4", -0.02, False),
     ("smoothquant over llm-compressor's", "llmcompressor_smoothquant", "smoothquant_int8", -0.02, False),

@@ -6,6 +6,7 @@ also quantize the activations, with one scale per token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     from infopt.model.bundle import Bundle
+
+#: Shares of a group's range that are tried as its scale's.
+CUTS = tuple(1 - step / 20 for step in range(11))
 
 
 def linears(bundle: Bundle, ignore: Iterable[str]) -> dict[str, nn.Linear]:
@@ -130,6 +134,21 @@ def fit(
     if not stored.float().isfinite().all() or not stored.float().gt(0).all():
         raise InputError(f"a weight's scale does not fit {stored.dtype}", hint="set scale_dtype: float32")
     return Scales(stored.float(), None if grid.symmetric else zero.float())
+
+
+def fit_cut(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, dtype: torch.dtype | None = None) -> Scales:
+    """Scales whose ranges are cut where that costs least: in each row and group the cut, of `CUTS`, with the smallest
+    Σ_j importance_j·(w_j − q_j)². `weight` float32 [out, in], `importance` [in]."""
+    groups = weight.view(len(weight), -1, grid.group_size or weight.shape[1])  # [out, groups, group]
+    importance = importance.view(1, *groups.shape[1:])
+    best = torch.ones(groups.shape[:2], device=weight.device)
+    least = torch.full_like(best, math.inf)
+    for cut in CUTS:
+        scale, zero, overall = fit(weight, grid, dtype, cut)
+        each = Scales(scale[..., None], None if zero is None else zero[..., None], overall)
+        cost = nearest(groups, each, grid).sub_(groups).square_().mul_(importance).sum(-1)
+        best, least = torch.where(cost < least, cut, best), torch.minimum(cost, least)
+    return fit(weight, grid, dtype, best)
 
 
 def _stored(scale: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -31,6 +31,7 @@ class GptqOptions(Options):
     symmetric: bool = True
     activations: Literal["none", "token"] = "none"
     act_order: bool = True
+    clip: bool = True
     damping: float = Field(default=0.01, gt=0, lt=1)
     true_sequential: bool = True
     scale_dtype: ScaleDType = "auto"
@@ -53,6 +54,8 @@ class Gptq(Technique):
                      make up for it; groups keep their places and their scales are fixed beforehand ("static groups"), so
                      nothing is stored or run differently. Default true. false: a group's scales are fitted when its
                      first column is reached, to the weights as corrected so far.
+    clip             cut the outermost weights of a group where the others gain more, by Σ_j H_jj·(w_j − q_j)². Matters most at
+                     few bits: default true. false: a group's scale holds its largest weight, as in the paper.
     damping          share of H's mean diagonal that is added to it, 0 … 1, default 0.01; raise it where calibration is short.
     true_sequential  layers of a block that feed one another are done in turn, each on inputs from those already rounded.
                      Default true; false gathers all of a block's inputs in one pass.
@@ -63,6 +66,7 @@ class Gptq(Technique):
     Options = GptqOptions
     needs = Needs(modules=("compressed_tensors",), calibration=True)
     neutral: ClassVar = {"ignore": ["*"]}
+    walks = True
     options: GptqOptions
 
     @property
@@ -108,10 +112,10 @@ class Gptq(Technique):
 
         from infopt.layers import packing
 
-        layers = [block.linears[name] for name in names]
+        o, layers = self.options, [block.linears[name] for name in names]
         dtype = layers[0].weight.dtype
         weight = torch.cat([layer.weight.float() for layer in layers])
-        rounded, scales = round_columns(weight, hessian, rule, dtype, self.options.act_order, self.options.damping)
+        rounded, scales = round_columns(weight, hessian, rule, dtype, o.act_order, o.damping, o.clip)
         end = 0
         for name, layer in zip(names, layers, strict=True):
             rows = slice(end, end := end + layer.out_features)
@@ -129,7 +133,7 @@ class Gptq(Technique):
 
 
 def round_columns(
-    weight: torch.Tensor, hessian: torch.Tensor, rule: Grid, dtype: torch.dtype, act_order: bool, damping: float
+    weight: torch.Tensor, hessian: torch.Tensor, rule: Grid, dtype: torch.dtype, act_order: bool, damping: float, clip: bool
 ) -> tuple[torch.Tensor, Scales]:
     """GPTQ, algorithm 1: `weight` float32 [out, in] and `hessian` float32 [in, in] (both consumed) → rounded weight, scales.
 
@@ -142,7 +146,12 @@ def round_columns(
     inner = weight.shape[1]
     size = rule.group_size or inner
     step = max(COLUMNS // size * size, size) if rule.group_size else COLUMNS  # whole groups
-    each = packing.fit(weight, rule, dtype).by_group()
+
+    def ranges(columns: torch.Tensor, seen: torch.Tensor) -> Scales:
+        return packing.fit_cut(columns, seen, rule, dtype) if clip else packing.fit(columns, rule, dtype)
+
+    importance = hessian.diagonal().clone()
+    each = ranges(weight, importance).by_group()
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inner, device=weight.device)
     upper = inverse_factor(hessian[order][:, order], damping)
     # Transposed, so that what is rounded at a time lies together: a column of the weight is a row here.
@@ -153,7 +162,7 @@ def round_columns(
         errors = torch.empty_like(weight[start:end])
         for i in range(start, end):
             if not act_order and rule.group_size and i % size == 0:
-                (each[groups[i]],) = packing.fit(weight[i : i + size].T, rule, dtype).by_group()
+                (each[groups[i]],) = ranges(weight[i : i + size].T.contiguous(), importance[i : i + size]).by_group()
             w, u = weight[i : i + 1], upper[i, i:end]
             rounded[i : i + 1] = q = packing.nearest(w, each[groups[i]], rule)
             errors[i - start : i - start + 1] = error = (w - q).div_(u[0])

@@ -58,7 +58,7 @@ def test_is_optimal_brain_quantization_in_a_fixed_order(act_order: bool, symmetr
     rule = Grid(4, None, symmetric=symmetric)
     order = hessian.diagonal().argsort(descending=True).tolist() if act_order else list(range(160))
     expected = by_definition(weight, hessian, rule, 0.01, order)
-    ours, _ = round_columns(weight.clone(), hessian.clone(), rule, torch.float32, act_order, 0.01)
+    ours, _ = round_columns(weight.clone(), hessian.clone(), rule, torch.float32, act_order, 0.01, clip=False)
     # A sum that lands on the edge of two steps may fall to either side; that is one weight in thousands.
     assert (ours - expected).abs().gt(1e-4).float().mean() < 0.02
 
@@ -69,14 +69,15 @@ def test_is_optimal_brain_quantization_in_a_fixed_order(act_order: bool, symmetr
     st.sampled_from([16, 32, 96, None]),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 1000),
 )
 def test_never_loses_to_rounding_by_much_and_stays_on_the_grid(
-    bits: int, group_size: int | None, symmetric: bool, act_order: bool, seed: int
+    bits: int, group_size: int | None, symmetric: bool, act_order: bool, clip: bool, seed: int
 ) -> None:
     weight, x, hessian = problem(16, 96, seed)
     rule = Grid(bits, group_size, symmetric=symmetric)
-    rounded, scales = round_columns(weight.clone(), hessian.clone(), rule, torch.float32, act_order, 0.01)
+    rounded, scales = round_columns(weight.clone(), hessian.clone(), rule, torch.float32, act_order, 0.01, clip)
     nearest = packing.nearest(weight.clone(), packing.spread(packing.fit(weight, rule), rule, 96), rule)
     assert loss(weight, rounded, x) < loss(weight, nearest, x)
     _, dense = packing.store(rounded, scales, rule)
@@ -87,9 +88,25 @@ def test_inputs_that_are_never_seen_are_rounded_as_they_are() -> None:
     weight, _, hessian = problem(4, 64)
     hessian[10] = hessian[:, 10] = 0
     rule = Grid(4, 32)
-    ours, _ = round_columns(weight.clone(), hessian, rule, torch.float32, True, 0.01)
+    ours, _ = round_columns(weight.clone(), hessian, rule, torch.float32, True, 0.01, clip=False)
     nearest = packing.nearest(weight.clone(), packing.spread(packing.fit(weight, rule), rule, 64), rule)
     assert torch.equal(ours[:, 10], nearest[:, 10])
+
+
+def test_ranges_are_cut_where_that_costs_least() -> None:
+    weight, _, hessian = problem(6, 64)
+    weight[2, 40] = 2 * weight.abs().max()  # alone in its group, and hardly ever seen
+    importance = hessian.diagonal().clone()
+    importance[40] = 1e-6
+    rule = Grid(3, 32)
+    scales = packing.fit_cut(weight, importance, rule)
+    costs = []
+    for cut in packing.CUTS:
+        tried = packing.spread(packing.fit(weight, rule, shrink=cut), rule, 64)
+        costs.append((packing.nearest(weight, tried, rule) - weight).square().mul(importance).view(6, 2, 32).sum(-1))
+    found = (packing.nearest(weight, packing.spread(scales, rule, 64), rule) - weight).square().mul(importance)
+    torch.testing.assert_close(found.view(6, 2, 32).sum(-1), torch.stack(costs).amin(0))
+    assert scales.scale[2, 1] == packing.fit(weight, rule, shrink=min(packing.CUTS)).scale[2, 1]
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:
