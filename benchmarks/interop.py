@@ -1,7 +1,7 @@
 """Which engines read what infopt writes: every artifact and export × every reader, each reader in its own Python.
 
     make interop
-    python benchmarks/interop.py --only 'rtn_*' --readers transformers,vllm --out results/interop
+    python benchmarks/interop.py --only 'rtn_*' --readers "transformers;vllm" --out results/interop
 
 A reader is a script, run as `PYTHON script REQUEST.json ANSWER.json`, that imports the engine and nothing of infopt's models:
 
@@ -306,12 +306,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--only", default="*", help="glob over recipes' and exports' names")
-    parser.add_argument("--readers", default="", help="their names, separated by commas; all by default")
+    parser.add_argument("--readers", default="", help="their names, separated by semicolons; all by default")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "interop")
     parser.add_argument("--vllm", type=Path, help="the Python that has vLLM; that of `infopt env install vllm` by default")
     arguments = parser.parse_args()
     chosen = [
-        reader for reader in readers(arguments.vllm) if not arguments.readers or reader.name in arguments.readers.split(",")
+        reader for reader in readers(arguments.vllm) if not arguments.readers or reader.name in arguments.readers.split(";")
     ]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:

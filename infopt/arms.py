@@ -54,6 +54,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     chosen = recipe.load(name, techniques.find, overrides)
     if chosen.engine.name not in engines.names():
         raise RecipeError("engine.name", unknown("engine", chosen.engine.name, engines.names()))
+    techniques.check_order(chosen)
     return chosen
 
 

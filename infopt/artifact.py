@@ -57,6 +57,8 @@ class LoadBack(Record):
     max_abs_logit_difference: float | None
     tolerance: float
     top1_agreement: float | None
+    rounded_cache_logit_difference: float | None = None
+    """Largest |logit| difference with keys and values rounded as the file says, which the other figures leave out."""
 
 
 class Artifact(Record):
@@ -75,6 +77,8 @@ class Artifact(Record):
     calibration_hash: str | None
     leaks: tuple[str, ...] = ()
     """What its calibration text shares with infopt's own evaluation sets, where that was allowed."""
+    notes: tuple[str, ...] = ()
+    """What its user should know."""
     seed: int
     versions: dict[str, str]
     bytes_before: int

@@ -89,7 +89,7 @@ def _against(base: _Assessed, spec: ArmSpec, device: str, options: LoadOptions) 
     try:
         candidate = _Assessed(pipeline.open_arm(spec, device, options, progress), spec, base.settings, progress)
         seen = leakage.found(spec, base.settings)
-        remarks = leakage.remarks(spec, seen)
+        remarks = leakage.remarks(seen)
     except Exception as error:
         failed = dict.fromkeys(wanted, _reason(error))
         return {"figures": {key: _null(key, failed[tier]) for tier in wanted for key in wanted[tier]}, "failed": failed}

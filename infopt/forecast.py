@@ -19,6 +19,7 @@ from infopt.model import atomic, load, reference, save, shapes
 from infopt.protocols import Machine, Prediction, Shapes
 from infopt.recipe import Recipe
 from infopt.settings import LoadOptions
+from infopt.techniques.base import Technique
 
 DISK_PROBE_BYTES = 32 * 2**20
 
@@ -32,8 +33,10 @@ class Forecast:
     steps: tuple[tuple[str, Prediction], ...]
     stored_bytes: int
     disk_bytes: int
+    """The artifact, and beside it what lets an interrupted run go on."""
     free_disk_bytes: int
     free_memory_bytes: int
+    """Of the device, or of the host where the weights stay there."""
 
     @property
     def peak_bytes(self) -> int:
@@ -54,26 +57,30 @@ def forecast(model: str, chosen: Recipe, out: Path, options: LoadOptions) -> For
     save.require_free_target(out)
     ref = pipeline.resolve(model, options)
     leakage.of_recipe(chosen, options.allow_leakage)
+    imports_s = _import_seconds()
     device = pipeline.device_name(options.device)
     machine = pipeline.machine(device, pipeline.set_threads(options.threads))
     found = shapes.shapes(ref)
     pipeline.calibration_ids(ref, chosen)  # refuses what is too short
     open_s = _open_seconds()
     stored = shapes.stored_bytes(ref)
-    loaded = _loaded(chosen, found, stored, machine, open_s)
+    loaded = _loaded(chosen, found, stored, machine, imports_s + open_s)
     rows = [("load", loaded), *pipeline.predict(chosen, found, loaded, machine)]
-    first = pipeline.first_at_load(chosen, pipeline.build_techniques(chosen, found, device))
+    techniques = pipeline.build_techniques(chosen, found, device)
+    first, home = pipeline.first_at_load(chosen, techniques), pipeline.home(chosen, techniques, device)
     disk = rows[first][1].weights_bytes
     rows.append(("save and check", _check(found, rows, disk, machine, open_s, _write_rate(out))))
-    own = psutil.Process().memory_info().rss if device == "cpu" else 0
+    walking = [(step, made) for step, (_, made) in zip(techniques, rows[1:], strict=False) if step.walks]
+    kept = sum(_kept(found, loaded, made, step) for step, made in walking)
+    own = psutil.Process().memory_info().rss if home == "cpu" else 0
     return Forecast(
         reference=model,
         recipe=chosen.name,
         steps=tuple((name, Prediction(each.weights_bytes, each.peak_bytes + own, each.seconds)) for name, each in rows),
         stored_bytes=stored,
-        disk_bytes=disk,
+        disk_bytes=disk + kept,
         free_disk_bytes=atomic.free_bytes(out.absolute()),
-        free_memory_bytes=_free_memory(device) + own,
+        free_memory_bytes=_free_memory(home) + own,
     )
 
 
@@ -83,6 +90,12 @@ def _loaded(chosen: Recipe, found: Shapes, stored: int, machine: Machine, open_s
     held = stored if dtype == "auto" else found.parameters * pipeline.ELEMENT_BYTES[dtype]
     seconds = open_s + (stored + held) / machine.read_bytes_per_s if machine.read_bytes_per_s else None
     return Prediction(weights_bytes=held, peak_bytes=held + stored, seconds=seconds)
+
+
+def _kept(found: Shapes, loaded: Prediction, made: Prediction, technique: Technique) -> int:
+    """What a step keeps on the disk so that an interrupted run can go on: its blocks dense and packed, two hidden states."""
+    element = loaded.weights_bytes // found.parameters
+    return loaded.weights_bytes + made.weights_bytes + 2 * technique.calibration_tokens * found.hidden * element
 
 
 def _check(
@@ -96,6 +109,13 @@ def _check(
         forward = 2 * pipeline.PROBE_TOKENS * (found.linear_parameters + found.head_parameters) / flops
         seconds = disk / write_rate + 2 * (open_s + (disk + dense) / read) + 3 * forward
     return Prediction(final.weights_bytes, max(dense + disk, final.peak_bytes), seconds)
+
+
+def _import_seconds() -> float:
+    """What the run will spend on importing the libraries that open a model; next to nothing where they are imported already."""
+    start = time.perf_counter()
+    pipeline.import_libraries(Recipe(name=""))
+    return time.perf_counter() - start
 
 
 def _open_seconds() -> float:

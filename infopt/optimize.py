@@ -21,7 +21,7 @@ from infopt.arms import ArmSpec, file_name
 from infopt.artifact import Artifact, LoadBack
 from infopt.data import texts
 from infopt.data.calibration import read as read_calibration
-from infopt.errors import DiskFullError, InputError, LoadBackError
+from infopt.errors import InfoptError, InputError, LoadBackError
 from infopt.model import atomic, cache, checkpoint, compressed, load, reference, save, shapes
 from infopt.model.quiet import quiet
 from infopt.protocols import Context, Progress
@@ -66,8 +66,10 @@ def optimize(
         bundle, found, source = pipeline.build(
             ref, chosen, device, options=options, progress=progress, observer=log, unfinished=kept
         )
+        # A folder of unchanged weights would pass for a quantized one.
+        is_idle = any(each.packs for each in found) and not bundle.packed and getattr(bundle.model, "hf_quantizer", None) is None
         with atomic.new_folder(out) as staging:
-            made = _Build(ref, chosen, device, options, bundle, found, staging, progress)
+            made = _Build(ref, chosen, pipeline.home(chosen, found, device), options, bundle, found, staging, progress)
             del bundle  # `made` lets go of it before it loads the saved one
             checks = made.save_and_check(log)
             document = Artifact(
@@ -82,6 +84,7 @@ def optimize(
                 load_back=tuple(checks),
                 calibration_hash=source.hash if source else None,
                 leaks=leaks,
+                notes=("no layer was quantized: the recipe's ignore leaves none",) if is_idle else (),
                 seed=options.seed,
                 versions=pipeline.versions(found),
                 bytes_before=shapes.stored_bytes(ref),
@@ -98,7 +101,10 @@ def optimize(
 def unfinished(out: Path, key: str, resume: bool | None) -> Iterator[Path]:
     """A folder beside `out` where steps keep their finished parts; gone when the block ends well, or nothing was finished.
 
-    Raises InputError for `resume` where there is nothing to go on from, or it was made by another recipe.
+    Gone, too, when what was finished does not load back.
+
+    Raises InputError for `resume` where there is nothing to go on from, or it was made by another recipe, and where another
+    process is at it.
     """
     folder = out.with_name(f".{out.name}.unfinished")
     stamp = folder / "key"
@@ -111,21 +117,23 @@ def unfinished(out: Path, key: str, resume: bool | None) -> Iterator[Path]:
             f"{out}: the interrupted run had another model, recipe, seed, calibration text or library version",
             hint="leave out --resume to start over, or choose another --out",
         )
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
     with atomic.writing(out):
         folder.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(key, encoding="utf-8")
-    try:
-        yield folder
-    except BaseException as error:
-        lasting = isinstance(error, KeyboardInterrupt | SystemExit | DiskFullError)
-        if lasting and any(folder.glob("*/*")):
-            error.add_note("the same command with --resume goes on from the last finished block")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
+    with atomic.sole(folder / "process", out):
+        for part in folder.glob("*/") if not resume else ():
+            shutil.rmtree(part, ignore_errors=True)
+        with atomic.writing(out):
+            stamp.write_text(key, encoding="utf-8")
+        try:
+            yield folder
+        except BaseException as error:
+            if any(folder.glob("*/*")) and not isinstance(error, LoadBackError):
+                size = units.size(sum(path.stat().st_size for path in folder.glob("*/*")))
+                error.add_note(f"the same command with --resume goes on from the last finished block ({size} in {folder})")
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def build_key(ref: ModelReference, chosen: Recipe, options: LoadOptions) -> str:
@@ -206,6 +214,8 @@ class _Build:
         # Only now: some libraries repack their weights for this machine when they first run.
         ids = probe_ids(self.bundle)
         stored = probe(self.bundle, ids)
+        if not bool(stored.isfinite().all()):
+            raise InfoptError("the model that was made gives logits that are not finite", hint="engine: {dtype: bfloat16}")
         if 0 < first == len(self.techniques):
             log.judge(first - 1, self.bundle)
         at_load = None
@@ -236,24 +246,31 @@ class _Build:
         saved = pipeline.as_stored(self.recipe)
         plan = pipeline.load_plan(saved, self.device, trust_remote_code=self.options.trust_remote_code)
         reader = f"plain transformers {pipeline.versions()['transformers']}"
+        from infopt.layers.kv_ranges import leave_cache_alone
+
         gap = compressed.gap(checkpoint.read_config(self.staging).get("quantization_config"), dtype)
         try:
             plain = load.load(pipeline.resolve(str(self.staging), self.options), replace(plan, is_plain=True), self.progress)
-            found = probe(plain, ids)
+            found, rounded = probe(plain, ids), None
+            if leave_cache_alone(plain.model):
+                found, rounded = probe(plain, ids), found
         except (InputError, RuntimeError):
             if gap is None:
                 raise
             return LoadBack(
                 reader=reader, refusal=gap, tokens=ids.numel(), max_abs_logit_difference=None, tolerance=0.0, top1_agreement=None
             )
-        return compare_probe(stored, found, tolerance, reader)
+        checked = compare_probe(stored, found, tolerance, reader)
+        if rounded is not None:
+            checked = checked.model_copy(update={"rounded_cache_logit_difference": float((stored - rounded).abs().max())})
+        return checked
 
 
-def probe_ids(bundle: Bundle) -> torch.Tensor:
+def probe_ids(bundle: Bundle, tokens: int = pipeline.PROBE_TOKENS) -> torch.Tensor:
     """[1, tokens] of the first of the bundled evaluation text."""
     import torch
 
-    ids = bundle.tokenizer(texts.read_text("bundled", "evaluation")[:4000], verbose=False)["input_ids"][: pipeline.PROBE_TOKENS]
+    ids = bundle.tokenizer(texts.read_text("bundled", "evaluation")[:4000], verbose=False)["input_ids"][:tokens]
     return torch.tensor([ids])
 
 
@@ -303,6 +320,7 @@ def model_card(document: Artifact) -> str:
     ]  # fmt: skip
     if document.leaks:
         lines.append(f"- **judged on what it has seen**, which was allowed: {'; '.join(document.leaks)}")
+    lines += [f"- **{note}**" for note in document.notes]
     if at_load:
         names = " and ".join(f"`{name}`" for name in at_load)
         lines.append(f"- **{names} has no file format**: this folder holds the weights from before it; infopt repeats it at load")
@@ -311,6 +329,11 @@ def model_card(document: Artifact) -> str:
         if check.refusal
         else f"- loaded back by {check.reader}: logits within {units.significant(check.max_abs_logit_difference)} of the model "
         f"that was made, on {check.tokens} tokens (allowed {units.significant(check.tolerance)})"
+        + (
+            ""
+            if (rounded := check.rounded_cache_logit_difference) is None
+            else f"; within {units.significant(rounded)} where it rounds keys and values as the file says"
+        )
         for check in document.load_back
     ]
     return "\n".join([*lines, "", "```", "infopt bench <this folder>", 'infopt generate <this folder> "Hello"', "```", ""])

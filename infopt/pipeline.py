@@ -67,13 +67,14 @@ def build_techniques(chosen: Recipe, model_shapes: Shapes, device: str = "auto")
 
     Raises RecipeError, MissingNeedError.
     """
+    techniques.check_order(chosen)
     found = []
     for index, step in enumerate(chosen.steps):
         technique = techniques.find(step.name, chosen.place(index))(step.options)
         lacking = missing_need(technique.needs, device)
         if lacking:
             raise MissingNeedError(f"{chosen.place(index)}: {lacking.message}", hint=lacking.hint)
-        technique.cache_dtype = chosen.cache.dtype
+        technique.cache_dtype, technique.device = chosen.cache.dtype, device
         technique.check(model_shapes, chosen.place(index))
         technique.calibration_tokens = chosen.calibration.samples * chosen.calibration.tokens
         technique.calibration_samples = chosen.calibration.samples
@@ -132,6 +133,15 @@ def calibration_ids(ref: ModelReference, chosen: Recipe) -> tuple[tuple[tuple[in
     return calibration.windows(source, section, load.open_tokenizer(ref)), source
 
 
+def home(chosen: Recipe, found: list[Technique], device: str) -> str:
+    """Where the weights lie while steps work on `device`: on the host where every step brings over what it works on.
+
+    So a model larger than the device's memory can be made. Attention that the host has no kernel for keeps it on the device.
+    """
+    walks = bool(found) and all(technique.walks for technique in found)
+    return "cpu" if walks and chosen.engine.attention != "flash_attention_2" else device
+
+
 class Observer:
     """What `build` tells while it runs. This one listens to nothing."""
 
@@ -165,7 +175,7 @@ def build(
     observer = observer or Observer()
     found = build_techniques(chosen, shapes.shapes(ref), device)
     storable = found[: first_at_load(chosen, found)]
-    plan = load_plan(chosen, device, trust_remote_code=options.trust_remote_code)
+    plan = load_plan(chosen, home(chosen, found, device), trust_remote_code=options.trust_remote_code)
     for technique in storable:
         plan = technique.plan(plan)
     samples, source = calibration_ids(ref, chosen)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 Progress = Callable[[str], None]
 """Called with one short line of what is happening; never with a newline."""
@@ -141,5 +141,3 @@ class Context:
     progress: Progress = lambda line: None
     unfinished: Path | None = None
     """A folder for what lets an interrupted step go on; None keeps nothing."""
-    services: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    """Further services by name (`fidelity`, `generate`, …), put there by `pipeline`."""

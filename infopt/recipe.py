@@ -216,8 +216,10 @@ def section(value: Any, model: type[S], path: str) -> S:
     except ValidationError as error:
         first = error.errors()[0]
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        key = str(first["loc"][0]) if first["loc"] else ""
-        where = f"{path}.{key}" if key else path
+        if not first["loc"]:  # not one field, but how they go together
+            raise RecipeError(path, first["msg"].removeprefix("Value error, ") + more) from None
+        key = str(first["loc"][0])
+        where = f"{path}.{key}"
         if first["type"] in ("extra_forbidden", "invalid_key"):
             raise RecipeError(where, unknown("key", key, model.model_fields) + more) from None
         if first["type"] == "missing":
@@ -303,7 +305,7 @@ def _override(document: dict[str, Any], text: str) -> None:
     if not equals or not all(parts):
         raise InputError(f"--set {text!r}: allowed: path=value", hint="e.g. --set steps.0.nf4.double_quant=true")
     try:
-        value = yaml.safe_load(raw)
+        value = raw.strip() if raw.rstrip().endswith(":") else yaml.safe_load(raw)  # `hub:` is a text, no key without a value
     except yaml.YAMLError:
         raise InputError(f"--set {text!r}: the value is not valid YAML") from None
     if parts[0] == "gates" and len(parts) > 1:

@@ -22,7 +22,6 @@ def row(name: str) -> TechniqueRow:
     manual = technique.__doc__ or ""
     needs = [module.replace(".", "-").replace("_", "-") for module in technique.needs.modules]
     needs += ["C++ compiler"] * technique.needs.compiler + ["CUDA"] * technique.needs.cuda + ["CPU only"] * technique.needs.cpu
-    needs += [f"environment {technique.needs.environment.name}"] if technique.needs.environment else []
     needs += [f"environment `{technique.needs.environment.name}`"] if technique.needs.environment else []
     needs += ["calibration text"] * technique.needs.calibration
     papers = dict.fromkeys(re.findall(r"\d{4}\.\d{5}", manual))

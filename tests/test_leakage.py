@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,8 @@ from stub_techniques import chosen, register
 from infopt import arm_run, arms, assess, bench, compare, forecast, leakage, optimize, pipeline
 from infopt.arms import ArmSpec
 from infopt.artifact import Artifact, read_artifact
-from infopt.data.texts import BUNDLED, content_hash
+from infopt.data.overlap import Fingerprint, Piece, Words, shares
+from infopt.data.texts import BUNDLED, content_hash, read_text
 from infopt.errors import InputError, RecipeError
 from infopt.model import load
 from infopt.model.bundle import Bundle
@@ -40,7 +43,7 @@ class Calibrated(Technique):
         return bundle
 
 
-def recipe(text: Path | str, samples: int = 1, tokens: int = 16) -> Recipe:
+def recipe(text: Path | str, samples: int = 8, tokens: int = 16) -> Recipe:
     return chosen("calibrated", calibration={"text": str(text), "samples": samples, "tokens": tokens})
 
 
@@ -106,7 +109,7 @@ def test_optimize_refuses_text_that_infopt_judges_by(tmp_path: Path, no_weights:
         content = "".join(json.dumps({"text": row["prompt"]}) + "\n" for row in rows if "prompt" in row)
     text = write(tmp_path / ("own.jsonl" if name == "prompts.jsonl" else "own.txt"), content)
     with pytest.raises(InputError, match=what) as caught:
-        optimize.optimize("tiny", recipe(text), tmp_path / "out", CPU)
+        optimize.optimize("tiny", recipe(text, samples=100), tmp_path / "out", CPU)
     assert str(caught.value).startswith("own: calibration and")
     assert "--allow-leakage" in str(caught.value.hint)
     assert not (tmp_path / "out").exists()
@@ -226,23 +229,103 @@ def test_quality_fails_tier_by_tier_or_tells_that_it_was_allowed(made: tuple[Pat
     ((_, allowed),) = assess.assess(base, [spec(made[0])], ALLOWED, settings, lambda line: None)
     assert allowed["failed"] == {}
     (remark,) = allowed["leakage"]
-    assert remark.startswith("judged on what it has seen: calibration and evaluation text share")
+    assert remark.startswith("judged all the same: calibration and evaluation text share")
     run = arm_run.ArmRun(spec(made[0]), CPU, WorkloadSpec(), Settings(), tmp_path, lambda line: None)
     run.take_quality(allowed)
     assert f"out: {remark}" in run.warnings()
     assert run.quality["leakage"] == allowed["leakage"]
 
 
-def test_an_artifact_without_its_fingerprint_is_told(made: tuple[Path, Artifact, str], tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for path in made[0].iterdir():
+def test_every_item_in_a_long_text_is_found_while_the_text_is_here(tmp_path: Path, no_weights: None) -> None:
+    """More runs than a stored fingerprint has room for, and items of one run each."""
+    chosen = random.Random(0)
+    words = [f"w{chosen.randrange(30_000)}" for _ in range(150_000)]
+    questions = [" ".join(words[start : start + 13]) for start in range(5_000, 150_000, 15_000)]
+    items = write(
+        tmp_path / "items.jsonl", "\n".join(json.dumps({"question": q, "choices": ["a", "b"], "answer": 0}) for q in questions)
+    )
+    text = write(tmp_path / "own.txt", " ".join(words))
+    own = recipe(text, samples=300, tokens=256)
+    settings = replace(QUALITY, choices_file=items, choice_items=10)
+    assert "passages in 10 of 10" in leakage.found(ArmSpec("own", "tiny", own), settings)["tasks"]
+    source = pipeline.calibration_source(own)
+    assert source is not None
+    leakage.write(source, tmp_path)
+    asked = Words.of([Piece(row, row, question) for row, question in enumerate(questions)])
+    assert 0 < len(shares(asked, Fingerprint.read(tmp_path / leakage.FILE))) < 10
+
+
+def test_what_is_not_drawn_of_a_long_text_does_not_count(tmp_path: Path) -> None:
+    filler = "\n".join(f"filler{number} " * 8 for number in range(400))
+    settings = replace(QUALITY, choices_file=write(tmp_path / "items.jsonl", json.dumps({
+        "question": PASSAGE, "choices": ["a", "b"], "answer": 0})))  # fmt: skip
+    arm = ArmSpec("own", "tiny", recipe(write(tmp_path / "own.txt", f"{filler}{PASSAGE}{filler}"), samples=32))
+    found = []
+    for seed in range(8):
+        own = replace(arm, recipe=chosen("calibrated", calibration={**arm.recipe.as_dict()["calibration"], "seed": seed}))
+        drawn = pipeline.calibration_source(own.recipe)
+        assert drawn is not None
+        assert len(drawn.documents[0].text) == 32 * 16 * 16 + 31
+        found.append("tasks" in leakage.found(own, settings))
+        assert found[-1] == bool(re.search(r"(word\d+ ){13}", drawn.documents[0].text))
+    assert set(found) == {True, False}
+
+
+def bare(made: Path, folder: Path) -> Path:
+    """A copy of an artifact without its fingerprint."""
+    folder.mkdir()
+    for path in made.iterdir():
         if path.name != leakage.FILE:
-            (bare / path.name).write_bytes(path.read_bytes())
-    assert leakage.found(spec(bare), QUALITY) == {}
-    (remark,) = leakage.remarks(spec(bare), {})
-    assert "may have been calibrated on what it is judged on" in remark
-    assert leakage.remarks(spec(made[0]), {}) == ()
-    (bare / leakage.FILE).write_bytes(b"nonsense")
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_an_artifact_without_its_fingerprint_is_refused(made: tuple[Path, Artifact, str], tmp_path: Path) -> None:
+    folder = bare(made[0], tmp_path / "bare")
+    with pytest.raises(
+        InputError, match=f"^bare: {folder / leakage.FILE} is gone, so it may have seen what it is judged on$"
+    ) as caught:
+        leakage.require_unseen([spec(folder)], QUALITY, False)
+    assert "--allow-leakage" in str(caught.value.hint)
+    leakage.require_unseen([spec(folder)], QUALITY, True)
+    (remark,) = leakage.remarks(leakage.found(spec(folder), QUALITY))
+    assert remark.startswith("judged all the same: ")
+    (folder / leakage.FILE).write_bytes(b"nonsense")
     with pytest.raises(InputError, match="cannot be read"):
-        leakage.require_unseen([spec(bare)], QUALITY, False)
+        leakage.require_unseen([spec(folder)], QUALITY, False)
+
+
+def test_infopts_own_calibration_text_needs_no_fingerprint(made: tuple[Path, Artifact, str], tmp_path: Path) -> None:
+    folder = bare(made[0], tmp_path / "bare")
+    path = folder / "infopt.json"
+    saved = json.loads(path.read_text(encoding="utf-8")) | {"calibration_hash": content_hash(read_text("bundled", "calibration"))}
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    assert leakage.found(spec(folder), QUALITY) == {}
+    found = leakage.found(spec(folder), replace(QUALITY, text=str(BUNDLED / "calibration.txt")))
+    assert list(found) == ["fidelity"]
+
+
+def test_an_export_is_refused_as_its_artifact_is(made: tuple[Path, Artifact, str], tmp_path: Path) -> None:
+    """`infopt export` writes NAME.gguf.json and NAME.gguf.calibration_runs.npy."""
+    settings = replace(QUALITY, text=write(tmp_path / "eval.txt", made[2]))
+    exported = ArmSpec("e", str(tmp_path / "e.GGUF"), chosen())
+    record, fingerprint = tmp_path / "e.GGUF.json", tmp_path / f"e.GGUF.{leakage.FILE}"
+    assert leakage.found(exported, settings) == {}, "nobody knows where it is from"
+    for foreign in ("[]", "{}", '{"calibration_hash": null}'):
+        record.write_text(foreign, encoding="utf-8")
+        assert leakage.found(exported, settings) == {}
+    record.write_text(json.dumps({"calibration_hash": made[1].calibration_hash}), encoding="utf-8")
+    assert f"{fingerprint} is gone" in leakage.found(exported, settings)["fidelity"]
+    fingerprint.write_bytes((made[0] / leakage.FILE).read_bytes())
+    leaks = leakage.found(exported, settings)
+    assert list(leaks) == ["fidelity"]
+    assert "share 188 runs" in leaks["fidelity"]
+    record.write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match=r"e\.GGUF\.json: cannot be read as JSON"):
+        leakage.found(exported, settings)
+    again = bare(made[0], tmp_path / "again")
+    saved = json.loads((again / "infopt.json").read_text(encoding="utf-8"))
+    saved |= {"calibration_hash": None, "reference": exported.model}
+    (again / "infopt.json").write_text(json.dumps(saved), encoding="utf-8")
+    record.unlink()
+    assert leakage.found(spec(again), settings) == leaks, "and so is what is made of it"

@@ -30,6 +30,10 @@ def base(tmp_path: Path) -> str:
     return write(tmp_path / "base.yaml", BASE)
 
 
+def test_a_colon_at_the_end_is_no_key(base: str) -> None:
+    assert load(base, "calibration.text=hub:").calibration.text == "hub:"
+
+
 def options(found: Recipe, index: int) -> dict[str, Any]:
     (values,) = found.steps[index].as_dict().values()
     return dict(values)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from stub_techniques import chosen, register
 
-from infopt import optimize
+from infopt import forecast, optimize, units
 from infopt.artifact import StepQuality
-from infopt.errors import DiskFullError, InputError
-from infopt.model import tiny
+from infopt.errors import DiskFullError, InputError, LoadBackError
+from infopt.model import atomic, tiny
 from infopt.model.bundle import Bundle
 from infopt.model.quiet import quiet
 from infopt.needs import Needs
@@ -82,8 +83,41 @@ def test_ctrl_c_tells_how_to_go_on(deep: Path, tmp_path: Path) -> None:
     assert child.returncode == 130
     assert said.splitlines()[-2:] == [
         "error: interrupted",
-        "hint: the same command with --resume goes on from the last finished block",
+        f"hint: the same command with --resume goes on from the last finished block ({kept(tmp_path)})",
     ]
+
+
+def kept(folder: Path, name: str = "out") -> str:
+    """What an interrupted run has left, as it says itself."""
+    left = folder / f".{name}.unfinished"
+    return f"{units.size(sum(path.stat().st_size for path in left.glob('*/*')))} in {left}"
+
+
+def test_a_second_run_is_refused_while_the_first_is_at_it(tmp_path: Path) -> None:
+    own = chosen({"rtn": {"group_size": 32}})
+    refused = []
+
+    def progress(line: str) -> None:
+        if line.startswith("saving"):
+            with pytest.raises(InputError, match=rf"out: process {os.getpid()} is writing it") as caught:
+                optimize.optimize("tiny", own, tmp_path / "out", CPU)
+            refused.append(caught.value)
+
+    optimize.optimize("tiny", own, tmp_path / "out", CPU, progress)
+    assert len(refused) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lock_that_its_holder_removed_in_between_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "process"
+
+    def late(descriptor: int) -> bool:
+        lock.unlink()
+        return True
+
+    monkeypatch.setattr(atomic, "flock", late)
+    with pytest.raises(InputError, match="is writing it"), atomic.sole(lock, tmp_path / "out"):
+        pass
 
 
 def test_resume_is_refused_where_it_cannot_be_right(deep: Path, tmp_path: Path) -> None:
@@ -98,22 +132,33 @@ def test_resume_is_refused_where_it_cannot_be_right(deep: Path, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def interrupt(model: Path, out: Path, error: type[BaseException] = KeyboardInterrupt, after: str = "block 3/") -> None:
+def interrupt(model: Path, out: Path, error: type[BaseException] = KeyboardInterrupt, after: str = "block 3/") -> BaseException:
     def progress(line: str) -> None:
         if line.startswith(after):
             raise error("told")
 
     own = chosen({"gptq": {"group_size": 32}}, calibration=CALIBRATION)
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         optimize.optimize(str(model), own, out, CPU, progress)
+    return caught.value
 
 
 def test_only_what_can_be_gone_on_from_is_left(deep: Path, tmp_path: Path) -> None:
     interrupt(deep, tmp_path / "none", after="block 1/")
-    interrupt(deep, tmp_path / "failed", error=InputError)
+    interrupt(deep, tmp_path / "wrong", error=LoadBackError)
     assert list(tmp_path.iterdir()) == []
-    interrupt(deep, tmp_path / "full", error=DiskFullError)
-    assert [path.name for path in tmp_path.iterdir()] == [".full.unfinished"]
+    for error in (DiskFullError, InputError, torch.OutOfMemoryError):
+        (note,) = interrupt(deep, tmp_path / error.__name__, error).__notes__
+        assert note == f"the same command with --resume goes on from the last finished block ({kept(tmp_path, error.__name__)})"
+        assert (tmp_path / f".{error.__name__}.unfinished" / "0-gptq" / "model.layers.1.safetensors").is_file()
+
+
+def test_the_forecast_counts_what_is_kept_to_go_on(deep: Path, tmp_path: Path) -> None:
+    interrupt(deep, tmp_path / "out", after="block 16/")
+    kept = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    own = chosen({"gptq": {"group_size": 32}}, calibration=CALIBRATION)
+    found = forecast.forecast(str(deep), own, tmp_path / "other", CPU)
+    assert kept <= found.disk_bytes - dict(found.steps)["gptq"].weights_bytes <= 1.5 * kept
 
 
 class Halve(Technique):

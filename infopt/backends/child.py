@@ -18,7 +18,8 @@ def stream(command: Sequence[str], on_line: Callable[[str], None], log: Path, en
     """Runs `command` and returns its exit code, negative after a signal. stdout goes line by line to `on_line`, and with
     stderr into `log`. Ctrl-C, or any exception, ends the whole process group.
 
-    The child's stdin is a pipe that says nothing and closes when this process ends, even by SIGKILL.
+    The child's stdin is a pipe that says nothing and closes when this process ends, even by SIGKILL. There is no time limit:
+    calibration takes hours, and how many nobody knows beforehand; whoever waits sees its lines, and has Ctrl-C.
     """
     with log.open("ab") as written:
         process = subprocess.Popen(
@@ -46,9 +47,11 @@ def stream(command: Sequence[str], on_line: Callable[[str], None], log: Path, en
             process.stdout.close()
 
 
-def plain_environment(**changes: str) -> dict[str, str]:
-    """This process's environment variables without those that would bring its packages into another interpreter."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+def plain_environment(*dropped: str, **changes: str) -> dict[str, str]:
+    """This process's environment variables without `dropped`, and those that would change how another interpreter finds
+    its packages, and a script what lies beside it."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON") and key not in dropped}
+    kept.pop("VIRTUAL_ENV", None)
     return {**kept, "PYTHONNOUSERSITE": "1", **changes}
 
 

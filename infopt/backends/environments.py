@@ -2,7 +2,8 @@
 
 A lock file pins every package. `torch==…` there takes whichever build of that version pip finds (PyPI's is for CUDA; an
 index of CPU builds can be named in PIP_EXTRA_INDEX_URL), `torch==…+cpu` a CPU build alone. For a torch that the machine's
-driver asks for, edit the first line of the lock: another lock is another environment.
+driver asks for, edit the first line of the lock: another lock is another environment. That is why a lock has no hashes,
+and why pip still follows dependencies: each build of torch has its own, and some bring CUDA libraries of their own.
 """
 
 from __future__ import annotations

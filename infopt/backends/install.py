@@ -55,13 +55,19 @@ def listed() -> tuple[Listed, ...]:
     return tuple(_listed(environment) for environment in ENVIRONMENTS.values())
 
 
-def remove(environment: Environment) -> int:
-    """Deletes it, older locks' included; the bytes that are free again. Raises InputError where there is none."""
-    folders = _folders(environment)
-    if not folders:
+def require_something(environment: Environment) -> None:
+    """Raises InputError where there is nothing to remove."""
+    if not _folders(environment):
         raise InputError(f"{environment.name}: not installed", hint="infopt env list")
+
+
+def remove(environment: Environment) -> int:
+    """Deletes it, older locks' included; the bytes that are free again. Raises InputError where there is none, or a job
+    runs in it."""
+    require_something(environment)
+    folders = _folders(environment)
     freed = sum(map(_bytes, folders))
-    with cache.lock(environment.folder):
+    with cache.lock(environment.folder, wait=False):
         for folder in folders:
             (folder / STAMP).unlink(missing_ok=True)
             shutil.rmtree(folder)
@@ -85,9 +91,11 @@ def _fill(environment: Environment, python: str, progress: Progress) -> None:
 
     def run(what: str, *command: str) -> None:
         start = log.stat().st_size if log.exists() else 0
-        code = child.stream(command, tell, log, child.plain_environment())
+        code = child.stream(command, tell, log, child.plain_environment("PIP_TARGET", "PIP_USER", "PIP_PREFIX"))
         if code:
-            raise InfoptError(f"{name}: {what} failed: {child.last_words(log, start)}", hint=f"the whole of it: {log}")
+            said = child.last_words(log, start)
+            index = "an index of CPU builds, which PIP_EXTRA_INDEX_URL can name, has it; " if "+cpu" in said else ""
+            raise InfoptError(f"{name}: {what} failed: {said}", hint=f"{index}the whole of it: {log}")
 
     pip = (sys.executable, "-m", "pip", "--python", inside, "--disable-pip-version-check", "--no-input")
     progress(f"{name}: making {environment.folder}")

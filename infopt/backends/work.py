@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from infopt.backends import child
 from infopt.backends.environments import Environment, root
 from infopt.errors import InfoptError, InputError
-from infopt.model import atomic, save
-from infopt.model.cache import cache_dir
+from infopt.model import atomic, cache, save
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
@@ -29,7 +28,7 @@ def done(environment: Environment, bundle: Bundle, context: Context, options: di
 
     Raises InfoptError with the worker's last words when it fails, DiskFullError.
     """
-    with _scratch(environment.name) as folder:
+    with cache.lock(environment.folder, shared=True), _scratch(environment.name) as folder:
         context.progress(f"{environment.name}: saving the model for it")
         save.save(bundle, folder / "model")
         job = {
@@ -61,7 +60,7 @@ def require_calibration(context: Context) -> None:
 @contextmanager
 def _scratch(name: str) -> Iterator[Path]:
     """A folder beside the cache's others, since a model may not fit where temporary files usually go."""
-    jobs = cache_dir() / "jobs"
+    jobs = cache.cache_dir() / "jobs"
     folder = jobs / f".{name}.{os.getpid()}.tmp"
     with atomic.writing(folder):
         root().mkdir(parents=True, exist_ok=True)

@@ -1,21 +1,24 @@
 """The runner of every calibrated method: one decoder block at a time, in order, on calibration text.
 
 The inputs of a block are the outputs of the blocks before it *as they are now*, so that a method sees, and can make up
-for, the error of what it has changed already (GPTQ, arXiv 2210.17323, section 4). Only one block need be on the device:
-the rest of the model and the hidden states between blocks stay on the host.
+for, the error of what it has changed already (GPTQ, arXiv 2210.17323, section 4). Only one block need be on the device
+(moving scales copies it there once more, in float32): the rest of the model and the hidden states between blocks stay on
+the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
+from infopt.calibrate.calls import Arguments, answered_by, capture, decoder_blocks, hidden_states, understood
 from infopt.calibrate.unfinished import Unfinished
 from infopt.errors import InputError
 from infopt.kernels.onednn import OneDnn
@@ -25,9 +28,6 @@ if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
     from infopt.protocols import Context
 
-#: Activations of one batch inside a block: what a CPU's last cache holds, and what fills an accelerator.
-BATCH_BYTES = {"cpu": 32 << 20}
-BATCH_BYTES_ELSEWHERE = 512 << 20
 #: Outputs of finished layers that a block keeps, so that its next pass need not compute them again.
 KEPT_BYTES = 1 << 30
 
@@ -52,21 +52,24 @@ class _Between:
         self.wanted: set[str] = set()
         self.see: See = lambda name, x: None
         self.stop_early = False
-        self.kept: dict[tuple[str, int], Any] = {}
+        self.kept: dict[tuple[str, int, int], Any] = {}
+        """Outputs by part, batch, and how many times the part ran before in one run of the block."""
         self.kept_bytes = 0
         self.batch = 0
-        self._left: set[str] = set()
+        self.left: set[str] = set()
+        self._runs: Counter[str] = Counter()
 
     def start(self, batch: int) -> None:
-        self.batch, self._left = batch, set(self.wanted)
+        self.batch, self.left, self._runs = batch, set(self.wanted), Counter()
 
     def __call__(self, name: str, forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
-        if name in self._left:
+        if name in self.left:
             self.see(name, given[0].flatten(0, -2))
-            self._left.discard(name)
-            if self.stop_early and not self._left:
+            self.left.discard(name)
+            if self.stop_early and not self.left:
                 raise _SeenAll
-        key = (name, self.batch)
+        key = (name, self.batch, self._runs[name])
+        self._runs[name] += 1
         if key in self.kept:
             return self.kept[key]
         out = forward(*given, **named)
@@ -93,7 +96,7 @@ class Block:
     name: str
     module: nn.Module
     inputs: list[torch.Tensor]
-    arguments: dict[int, dict[str, Any]]
+    arguments: dict[int, Arguments]
     """What the model hands this block beside the hidden states (masks, rotary embeddings), by rows of the batch."""
     device: torch.device
     ignore: tuple[str, ...]
@@ -113,19 +116,16 @@ class Block:
     def stages(self) -> list[tuple[str, ...]]:
         """Names of layers that read the same input, in the order in which the block runs them: q, k, v; o; gate, up; down."""
         if self._stages is None:
-            found: list[tuple[torch.Tensor, list[str]]] = []
-            order: list[tuple[str, torch.Tensor]] = []
-            self._pass(set(self.linears), lambda name, x: order.append((name, x)), batches=slice(0, 1))
-            for name, x in order:
-                if found and found[-1][0].data_ptr() == x.data_ptr() and found[-1][0].shape == x.shape:
-                    found[-1][1].append(name)
-                else:
-                    found.append((x, [name]))
-            self._stages = [tuple(names) for _, names in found]
+            seen: dict[str, torch.Tensor] = {}
+            self._pass(set(self.linears), seen.__setitem__, batches=slice(0, 1))
+            self._stages = together(seen)
         return self._stages
 
     def observe(self, names: Iterable[str], see: See) -> None:
-        """Runs the calibration inputs through the block as far as `names`, and shows their inputs to `see`."""
+        """Runs the calibration inputs through the block as far as `names`, and shows their inputs to `see`.
+
+        Raises InputError for a layer that the block does not run.
+        """
         self._pass(set(names), see)
 
     def advance(self) -> None:
@@ -138,9 +138,12 @@ class Block:
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, tokens, hidden] → the same, through the block as it is now, kept outputs and all gradients left alone."""
-        y = self.module(x.to(self.device), **self.arguments[x.shape[0]])
-        out: torch.Tensor = y[0] if isinstance(y, tuple) else y
-        return out
+        return hidden_states(self.call(x))
+
+    def call(self, x: torch.Tensor, **other: Any) -> Any:
+        """What the block itself returns, called as the model calls it, but for `other` arguments."""
+        with understood(self.module):
+            return self.module(x.to(self.device), **(self.arguments[len(x)] | other))
 
     def pack(self, name: str, tensors: dict[str, torch.Tensor], dense: torch.Tensor) -> None:
         """Finishes a layer: `tensors` are stored in place of its weight, `dense` is what they stand for."""
@@ -156,29 +159,33 @@ class Block:
             for number, x in enumerate(self.inputs[batches]):
                 between.start(number)
                 try:
-                    self.inputs[number] = self.run(x).to(x.device)
+                    out = self.run(x)
                 except _SeenAll:
                     continue
+                if between.left:
+                    self._refuse(sorted(between.left))
+                if not wanted:
+                    self.inputs[number] = out.to(x.device)
+
+    def _refuse(self, unseen: list[str]) -> NoReturn:
+        last = dict.fromkeys(name.rpartition(".")[2] for name in unseen)
+        raise InputError(
+            f"{unseen[0]} never runs in its block, which may use its weight in another way: nothing is known of its inputs",
+            hint=f"ignore: [{', '.join([*self.ignore, *last])}]",
+        )
 
     def is_finished(self, part: str) -> bool:
         """Whether a layer, or all layers of a module right below the block, will not change again."""
         inside = {name for name in self.linears if name == part or name.startswith(f"{part}.")}
         return inside <= self.finished
 
-    @contextmanager
-    def _intercepted(self) -> Iterator[None]:
+    def _intercepted(self) -> AbstractContextManager[None]:
         children = {f"{self.name}.{name}": child for name, child in self.module.named_children()}
         layers = self.linears
         parts = layers | {
             name: child for name, child in children.items() if any(inner.startswith(f"{name}.") for inner in layers)
         }
-        for name, part in parts.items():
-            part.forward = partial(self._between, name, part.forward)  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            for part in parts.values():
-                del part.forward
+        return answered_by({part: partial(self._between, name, part.forward) for name, part in parts.items()})
 
 
 @torch.no_grad()
@@ -203,76 +210,24 @@ def walk(bundle: Bundle, context: Context, ignore: Iterable[str], work: Work) ->
     inputs = done.hidden(name, finished) or inputs
     for index in range(finished, len(blocks)):
         context.progress(f"block {index + 1}/{len(blocks)}")
-        module = blocks[index].to(device)
+        module = blocks[index]
+        home = next(module.parameters()).device
+        module.to(device)
         block = Block(index, f"{name}.{index}", module, inputs, arguments[index], device, tuple(ignore))
         with OneDnn():
             work(block)
             if index + 1 < len(blocks):
                 block.advance()
         block.close()
-        module.to(bundle.device)
+        module.to(home)
         packed.update(block.packed)
-        done.finish(name, index, module, block.packed, inputs)
+        done.finish(name, index, module, block.packed, inputs if index + 1 < len(blocks) else [])
     return packed
 
 
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks and its dotted name. Raises InputError for a model that has none."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
-    if not outer:
-        raise InputError(f"{type(model).__name__} has no list of decoder blocks", hint="a method that needs no calibration: rtn")
-    return max(outer, key=lambda found: sum(p.numel() for p in found[1].parameters()))
-
-
-@torch.no_grad()
-def capture(
-    model: nn.Module, blocks: nn.ModuleList, samples: tuple[tuple[int, ...], ...], device: torch.device, rows: int | None = None
-) -> tuple[list[torch.Tensor], list[dict[int, dict[str, Any]]]]:
-    """What enters the first block, a batch each, and what every block is called with beside it.
-
-    No block runs: each hands its input on. So embeddings, masks and rotary angles are all that is computed. `rows`:
-    samples in a batch, by memory when None.
-    """
-    rows = rows or rows_at_once(blocks[0], len(samples[0]), device)
-    inputs: list[torch.Tensor] = []
-    arguments: list[dict[int, dict[str, Any]]] = [{} for _ in blocks]
-
-    def passing(index: int) -> Callable[..., torch.Tensor]:
-        def forward(hidden: torch.Tensor, **named: Any) -> torch.Tensor:
-            if index == 0:
-                inputs.append(hidden.cpu())
-            arguments[index].setdefault(hidden.shape[0], {**_moved(named, device), "use_cache": False, "past_key_values": None})
-            return hidden
-
-        return forward
-
-    for index, block in enumerate(blocks):
-        block.forward = passing(index)
-    try:
-        decoder: Any = model.get_decoder()  # type: ignore[operator]
-        home = next(model.parameters()).device
-        for start in range(0, len(samples), rows):
-            ids = torch.tensor(samples[start : start + rows], device=home)
-            decoder(input_ids=ids, use_cache=False)
-    finally:
-        for block in blocks:
-            del block.forward
-    return inputs, arguments
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(part, device) for key, part in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_moved(part, device) for part in value)
-    return value
-
-
-def rows_at_once(block: nn.Module, tokens: int, device: torch.device) -> int:
-    """Samples in a batch, so that what a block computes on the way stays within BATCH_BYTES of the device."""
-    widths = sum(module.out_features for module in block.modules() if isinstance(module, nn.Linear))
-    per_row = max(1, tokens * widths * next(block.parameters()).element_size())
-    return max(1, BATCH_BYTES.get(device.type, BATCH_BYTES_ELSEWHERE) // per_row)
+def together(inputs: dict[str, torch.Tensor]) -> list[tuple[str, ...]]:
+    """Names of layers, those that read the same tensor together, in the order of the first of them."""
+    found: dict[tuple[int, torch.Size], list[str]] = {}
+    for name, x in inputs.items():
+        found.setdefault((x.data_ptr(), x.shape), []).append(name)
+    return [tuple(names) for names in found.values()]

@@ -56,8 +56,10 @@ def distill(
     device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
     steps = schedule.steps(len(context.calibration_ids))
+    # float16 gradients of logits, a vocabulary's share of a small number each, would be zero: bfloat16, even where it is slow.
+    is_narrow = _has_fast_bfloat16(device) or model.dtype == torch.float16
     # No cache: it would keep answering with the parameters as they were before the first step.
-    narrow = torch.autocast(device.type, torch.bfloat16, enabled=_has_fast_bfloat16(device), cache_enabled=False)
+    narrow = torch.autocast(device.type, torch.bfloat16, enabled=is_narrow, cache_enabled=False)
     with torch.enable_grad(), narrow:
         for step, ids in enumerate(_batches(context, schedule)):
             inputs = torch.tensor(ids, device=device)

@@ -7,14 +7,26 @@ back. So a part costs half a pass on average, and nothing is approximated but th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from infopt.calibrate.blocks import Block, capture, decoder_blocks
+from infopt.calibrate.blocks import Block
+from infopt.calibrate.calls import (
+    Arguments,
+    Forms,
+    beside,
+    capture,
+    decoder_blocks,
+    lent,
+    standing_in,
+    tensors,
+    understood,
+)
 from infopt.kernels.onednn import OneDnn
 
 if TYPE_CHECKING:
@@ -28,26 +40,28 @@ CHUNK = 128
 class Probe:
     """A model's own next-token distributions on a few windows, and the way from any block to them.
 
-    `inputs[i]` are the hidden states that enter block i, [windows, tokens, hidden].
+    Blocks are on `device` one at a time. `inputs[i]` are the hidden states that enter block i, [windows, tokens, hidden].
     """
 
     model: nn.Module
     name: str
     blocks: nn.ModuleList
+    device: torch.device
     ids: torch.Tensor
     inputs: list[torch.Tensor]
-    arguments: list[dict[str, Any]]
-    reference: torch.Tensor
+    arguments: list[dict[int, Arguments]]
+    reference: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """Probabilities [positions, vocabulary], float32."""
-    entropy: torch.Tensor
+    entropy: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    forms: Forms = field(default_factory=dict)
 
     @staticmethod
     @torch.no_grad()
     def of(bundle: Bundle, windows: tuple[tuple[int, ...], ...], device: torch.device) -> Probe:
         name, found = decoder_blocks(bundle.model)
-        (hidden,), arguments = _together(bundle.model, found, windows, device)
-        ids = torch.tensor(windows, device=bundle.device)
-        probe = Probe(bundle.model, name, found, ids, [hidden.to(device)], arguments, torch.empty(0), torch.empty(0))
+        (hidden,), arguments = capture(bundle.model, found, windows, device, rows=len(windows))
+        ids = torch.tensor(windows).to(device)
+        probe = Probe(bundle.model, name, found, device, ids, [hidden.to(device)], arguments)
         for index in range(len(found)):
             probe.inputs.append(probe.step(index, probe.inputs[-1]))
         reference = probe.tail(probe.inputs[-1]).softmax(-1)
@@ -55,28 +69,24 @@ class Probe:
         probe.entropy = -torch.special.xlogy(reference, reference).sum(-1)
         return probe
 
-    def block(self, index: int, ignore: tuple[str, ...]) -> Block:
-        """One block, as the runner of calibrated methods sees it."""
-        hidden = self.inputs[index]
-        named = {hidden.shape[0]: self.arguments[index]}
-        return Block(index, f"{self.name}.{index}", self.blocks[index], [hidden], named, hidden.device, ignore)
+    @contextmanager
+    def block(self, index: int, ignore: tuple[str, ...] = ()) -> Iterator[Block]:
+        """One block on the device, as the runner of calibrated methods sees it."""
+        module = self.blocks[index]
+        with lent(tensors(module), self.device):
+            yield Block(index, f"{self.name}.{index}", module, [self.inputs[index]], self.arguments[index], self.device, ignore)
 
     def step(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Through one block."""
-        out = self.blocks[index](hidden, **self.arguments[index])
-        found: torch.Tensor = out[0] if isinstance(out, tuple) else out
-        return found
+        with self.block(index) as block:
+            return block.run(hidden)
 
     def tail(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the model makes of the last block's output: float32 logits [positions, vocabulary]."""
         last = len(self.blocks) - 1
-        for index, block in enumerate(self.blocks):
-            block.forward = (lambda _, **named: hidden) if index == last else (lambda x, **named: x)
-        try:
+        handing_on = standing_in(self.blocks, self.forms, lambda index, x, named: hidden if index == last else x)
+        with lent(beside(self.model, self.blocks), self.device), understood(self.model), handing_on:
             logits: torch.Tensor = self.model(input_ids=self.ids, use_cache=False).logits
-        finally:
-            for block in self.blocks:
-                del block.forward
         return logits.flatten(0, 1).float()
 
     @torch.no_grad()
@@ -92,14 +102,6 @@ class Probe:
             cross = logits[part].logsumexp(-1) - (self.reference[part] * logits[part]).sum(-1)
             total += float((cross - self.entropy[part]).sum())
         return max(0.0, total / len(logits))
-
-
-def _together(
-    model: nn.Module, found: nn.ModuleList, windows: tuple[tuple[int, ...], ...], device: torch.device
-) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
-    """`capture` with all windows in one batch."""
-    inputs, arguments = capture(model, found, windows, device, rows=len(windows))
-    return inputs, [named[len(windows)] for named in arguments]
 
 
 @torch.no_grad()
@@ -128,15 +130,15 @@ class Unit:
 def allot(units: list[Unit], budget_bytes: float = math.inf, max_kld: float = 0.0) -> None:
     """Sets each unit's `bits`: from the narrowest up, always the step that saves most KLD per byte.
 
-    It ends when the KLDs add up to `max_kld` or less; a step beyond `budget_bytes` is left out. Steps follow each unit's
-    lower convex hull, so that this greedy order is the Lagrangian optimum up to the last step (Shoham and Gersho,
-    "Efficient bit allocation for an arbitrary set of quantizers", 1988).
+    It ends when the KLDs add up to `max_kld` or less, or no step saves any; one beyond `budget_bytes` is left out. Steps
+    follow each unit's lower convex hull, so that this greedy order is the Lagrangian optimum up to the last step (Shoham and
+    Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988).
     """
     for unit in units:
         unit.bits = min(unit.bytes)
-    steps = sorted(((gain, i, width) for i, unit in enumerate(units) for gain, width in _hull(unit)), reverse=True)
-    for _, i, width in steps:
-        if predicted(units) <= max_kld:
+    steps = sorted(((gain, i, width) for i, unit in enumerate(units) for gain, width in hull(unit)), reverse=True)
+    for gain, i, width in steps:
+        if gain <= 0 or predicted(units) <= max_kld:
             return
         before = units[i].bits
         if width > before:
@@ -150,7 +152,7 @@ def predicted(units: list[Unit]) -> float:
     return sum(unit.kld[unit.bits] for unit in units)
 
 
-def _hull(unit: Unit) -> list[tuple[float, int]]:
+def hull(unit: Unit) -> list[tuple[float, int]]:
     """(KLD saved per byte, width) of the steps up the lower convex hull of KLD over bytes, from the narrowest width."""
     widths = sorted(unit.bytes)
     now, steps = widths[0], []

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from infopt.calibrate.blocks import Block
+from infopt.calibrate.blocks import Block, together
+from infopt.calibrate.calls import hidden_states, understood
 
 #: Relative change of an output up to which a move has changed nothing; a wrong one changes some by a half and more.
 SAME = 1e-3
@@ -72,7 +73,7 @@ def stages(block: Block) -> list[Stage]:
     """
     trial = _Trial(block)
     found = []
-    for readers in trial.shared_inputs():
+    for readers in together(trial.seen.inputs):
         full = tuple(f"{block.name}.{name}" for name in readers)
         names = tuple(name for name in full if name in block.linears)
         if names:
@@ -96,17 +97,9 @@ class _Trial:
         for config in filter(None, configs):  # copies too
             if "flash" in str(getattr(config, "_attn_implementation", None)):  # takes half precision alone
                 config._attn_implementation = "eager"
-        batch = block.inputs[0]
-        self.x = batch[:1].to(block.device).float()
-        self.arguments = {name: _first(value, len(batch)) for name, value in block.arguments[len(batch)].items()}
+        self.x = block.inputs[0][:1].to(block.device).float()
+        self.arguments = {name: _in_float32(value) for name, value in block.arguments[1].items()}
         self.seen = self._run()
-
-    def shared_inputs(self) -> list[tuple[str, ...]]:
-        """Names of the linear layers, those with the same input together."""
-        together: dict[int, list[str]] = {}
-        for name, x in self.seen.inputs.items():
-            together.setdefault(x.data_ptr(), []).append(name)
-        return [tuple(names) for names in together.values()]
 
     def candidates(self, readers: tuple[str, ...]) -> Iterator[Fold]:
         """The norm whose output the readers get, and the layers beside them that ran before, the last first."""
@@ -147,10 +140,11 @@ class _Trial:
 
         parts = [(name, part) for name, part in self.module.named_modules() if isinstance(part, nn.Linear) or _is_norm(part)]
         hooks = [part.register_forward_hook(partial(see, name)) for name, part in parts]
-        y = self.module(self.x, **self.arguments)
+        with understood(self.module):
+            y = hidden_states(self.module(self.x, **self.arguments))
         for hook in hooks:
             hook.remove()
-        seen.outputs[""] = (y[0] if isinstance(y, tuple) else y) - self.x
+        seen.outputs[""] = y - self.x
         return seen
 
 
@@ -159,14 +153,13 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.dim() == 1
 
 
-def _first(value: Any, rows: int) -> Any:
-    """Of what a block is called with for a batch of `rows`, the part for the first, in float32."""
+def _in_float32(value: Any) -> Any:
+    """What a block is called with, as its float32 copy takes it."""
     if isinstance(value, torch.Tensor):
-        value = value.float() if value.is_floating_point() else value
-        return value[:1] if value.dim() > 1 and value.shape[0] == rows else value
+        return value.float() if value.is_floating_point() else value
     if isinstance(value, dict):
-        return {key: _first(part, rows) for key, part in value.items()}
-    return tuple(_first(part, rows) for part in value) if isinstance(value, tuple) else value
+        return {key: _in_float32(part) for key, part in value.items()}
+    return tuple(map(_in_float32, value)) if isinstance(value, tuple) else value
 
 
 class Magnitude:

@@ -50,10 +50,14 @@ class Unfinished:
     def finish(
         self, name: str, index: int, block: nn.Module, packed: dict[str, dict[str, torch.Tensor]], hidden: list[torch.Tensor]
     ) -> None:
-        """Writes the inputs of the next block, then the finished one, whose file is what counts. Raises DiskFullError."""
+        """Writes the inputs of the next block, if there is one, then the finished one, whose file is what counts.
+
+        Raises DiskFullError.
+        """
         if self.folder is None:
             return
-        _write(self._path(f"{name}.{index + 1}.inputs"), {str(number): batch for number, batch in enumerate(hidden)})
+        if hidden:
+            _write(self._path(f"{name}.{index + 1}.inputs"), {str(number): batch for number, batch in enumerate(hidden)})
         state = {f"dense/{key}": value for key, value in block.state_dict().items()}
         state |= {f"packed/{layer}/{part}": value for layer, parts in packed.items() for part, value in parts.items()}
         _write(self._path(f"{name}.{index}"), state)

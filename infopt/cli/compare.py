@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LIVE_FLAGS = (
     "gate", "pairs", "max_pairs", "self_test", "prompt", "new", "batch", "requests", "workload", "stop_at_eos", "slo",
     "price_per_hour", "utilisation", "quality", "tasks", "checks", "text", "results", "device", "dtype", "threads", "seed",
-    "revision", "trust",
+    "revision", "trust", "allow_leakage",
 )  # fmt: skip
 
 

@@ -57,6 +57,7 @@ def remove(name: Name, yes: Yes = False, as_json: AsJson = False) -> None:
     from infopt.backends import install as use_case
 
     chosen = environments.find(name)
+    use_case.require_something(chosen)
     if not yes and not agreed(f"Remove the environment {name}?"):
         raise InputError(f"{name}: kept", hint="--yes removes without asking")
     freed = use_case.remove(chosen)

@@ -10,7 +10,7 @@ import typer
 from infopt.cli.shell import AsJson, Quiet, Revision, Threads, Trust, Verbose, reporting
 
 if TYPE_CHECKING:
-    from infopt.export.record import Export
+    from infopt.export.record import Export, LoadBackCheck
 
 
 def export(
@@ -46,17 +46,26 @@ def lines(made: Export) -> list[str]:
     from infopt import units
 
     found = [f"{name}: {len(tensors)} tensor{'s' * (len(tensors) != 1)}" for name, tensors in made.stored.items()]
-    for check in made.checks:
-        allowed = (
-            f"allowed {units.significant(check.tolerance)}"
-            if check.tolerance is not None
-            else (f"top-1 at least {units.significant(check.top1_floor)}")
-        )
-        found.append(
-            f"loaded back in {check.reader}: logits within {units.significant(check.max_abs_logit_difference)} of what was "
-            f"written on {check.tokens} tokens ({allowed}), {check.texts} texts encoded alike"
-        )
+    found += [_checked(check, is_source=made.to == "onnx" and check.tolerance is None) for check in made.checks]
     cost = made.against_source
     found.append(f"against {made.source}: top-1 agreement {cost.top1_agreement:.3f}, perplexity × {cost.perplexity_ratio:.4f}")
     found += [f"note: {note}" for note in made.notes]
     return [*found, f"{made.to} {made.type}: {made.path}, {units.size(made.bytes)}"]
+
+
+def _checked(check: LoadBackCheck, *, is_source: bool) -> str:
+    """What one reader made of the export; `is_source`: it was held against the source, not against what was written."""
+    from infopt import units
+
+    if check.refusal:
+        return f"warning: {check.reader} does not read it: {check.refusal}"
+    allowed = "told, not judged"
+    if check.tolerance is not None:
+        allowed = f"allowed {units.significant(check.tolerance)}"
+    elif check.top1_floor is not None:
+        allowed = f"top-1 at least {units.significant(check.top1_floor)}"
+    texts = f"{check.texts} texts" if check.texts == check.texts_tried else f"{check.texts} of {check.texts_tried} texts"
+    return (
+        f"loaded back in {check.reader}: logits within {units.significant(check.max_abs_logit_difference)} of "
+        f"{'the source' if is_source else 'what was written'} on {check.tokens} tokens ({allowed}), {texts} encoded alike"
+    )

@@ -24,10 +24,12 @@ from infopt.cli.shell import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from infopt.artifact import StepRecord
+    from infopt.arms import ArmSpec
+    from infopt.artifact import LoadBack, StepRecord
 
 
 def optimize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="demo, tiny, a hub id, a folder or a .gguf file; +ADAPTER merges a LoRA.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The artifact's folder; must not exist yet.")] = None,
     recipe: Recipe = None,
@@ -55,13 +57,19 @@ def optimize(
     spec = arms.spec(model, recipe, overrides or (), dtype)
     target = out or Path(arms.file_name(f"{model}-{spec.recipe.name}"))
     options = LoadOptions(device, threads, seed, revision, trust, allow_leakage)
-    from infopt import optimize as use_case
-
+    _note_repeated(spec, quiet)
     if dry_run:
+        from infopt.cli.workload import refuse
         from infopt.forecast import forecast
 
-        _print_forecast(forecast(model, spec.recipe, target, options), as_json)
+        refuse(context, ("resume",), "has no effect beside --dry-run, which predicts a whole run")
+        with reporting(quiet, verbose) as progress:
+            progress("measuring this machine")
+            found = forecast(model, spec.recipe, target, options)
+        _print_forecast(found, as_json)
         return
+    from infopt import optimize as use_case
+
     with reporting(quiet, verbose) as progress:
         made = use_case.optimize(model, spec.recipe, target, options, progress, resume=resume)
     if as_json:
@@ -72,12 +80,11 @@ def optimize(
     for step in made.steps:
         where = ", repeated at load" if step.is_at_load else ""
         typer.echo(f"{step.name}: {units.duration(step.seconds)}, peak {units.size(step.peak_bytes)}{where}{_quality(step)}")
-    check = made.load_back[-1]
     typer.echo(f"stored weights: {units.size(made.bytes_before)} → {units.size(made.bytes_after)}")
-    typer.echo(f"loaded back: logits within {units.significant(check.max_abs_logit_difference)} on {check.tokens} tokens")
-    for refused in made.load_back:
-        if refused.refusal:
-            typer.echo(f"warning: {refused.reader} does not read it: {refused.refusal}")
+    for check in made.load_back:
+        typer.echo(_checked(check))
+    for note in made.notes:
+        typer.echo(f"warning: {note}")
     for leak in made.leaks:
         typer.echo(f"warning: {leak}; infopt judges by it unless it is given other data")
     typer.echo(f"artifact: {target}")
@@ -95,6 +102,30 @@ def _quality(step: StepRecord) -> str:
         f"; then {units.size(step.weights_bytes)}, KLD {units.significant(found.kld_mean)}{span}, perplexity "
         f"×{found.ppl_ratio:.3f}, top-1 {found.top1_agreement:.1%}"
     )
+
+
+def _note_repeated(spec: ArmSpec, quiet: bool) -> None:
+    """Says what calibration text says more than once."""
+    from infopt import pipeline
+    from infopt.data import audit
+
+    source = None if quiet else pipeline.calibration_source(spec.recipe)
+    remark = audit.remark(source) if source else None
+    if remark:
+        typer.echo(f"note: {remark}", err=True)
+
+
+def _checked(check: LoadBack) -> str:
+    """What one reader made of the saved folder."""
+    from infopt import units
+
+    if check.refusal or check.top1_agreement is None:
+        return f"warning: {check.reader} does not read it: {check.refusal}"
+    same = "" if check.top1_agreement == 1 else f", top-1 at {check.top1_agreement:.1%}"
+    found = f"loaded back by {check.reader}: logits within {units.significant(check.max_abs_logit_difference)}{same}"
+    rounded = check.rounded_cache_logit_difference
+    kept = "" if rounded is None else f"; within {units.significant(rounded)} with keys and values rounded as the file says"
+    return f"{found} on {check.tokens} tokens{kept}"
 
 
 def _print_forecast(found: object, as_json: bool) -> None:

@@ -42,18 +42,17 @@ def show(name: Name, resolved: Annotated[bool, typer.Option(help="With every def
 def check(
     names: Annotated[list[str], typer.Argument(help="Recipe files or names.")], overrides: Set = None, device: Device = "auto"
 ) -> None:
-    """Check recipes: grammar, techniques, options, gates, and what they need of this machine."""
+    """Check recipes: grammar, techniques, options, gates; and note what they need that this machine lacks."""
     from infopt import arms, techniques
-    from infopt.errors import MissingNeedError
     from infopt.needs import missing_need
 
     for name in names:
         found = arms.load_recipe(name, overrides or ())
+        typer.echo(f"{name}: ok")
         for index, step in enumerate(found.steps):
             lacking = missing_need(techniques.find(step.name)(step.options).needs, device)
             if lacking:
-                raise MissingNeedError(f"{name}: {found.place(index)}: {lacking.message}", hint=lacking.hint)
-        typer.echo(f"{name}: ok")
+                typer.echo(f"note: {name}: {found.place(index)}: {lacking.message}: {lacking.hint}")
 
 
 @app.command()

@@ -6,20 +6,23 @@ No rule depends on the order of rows, except for which of several equal ones is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
 
 from infopt import units
 from infopt.data import duplicates, rows
+from infopt.data.calibration import HUB, Source
+from infopt.data.jsonl import short
 from infopt.data.overlap import RUN, Fingerprint, Piece, Share, Words, partners, quote, shares
-from infopt.data.rows import DataFile, Row, short_label
+from infopt.data.rows import DataFile, Row, plain
 from infopt.data.texts import BUNDLED
 from infopt.errors import InputError, unknown
 from infopt.findings import RULES, Audit, FileSummary, Finding
 
 MAX_CHARS = 50_000
+REMARK_CHARS = 2_000_000
 NEAR_WORDS = 8
 """Passages of plain text with fewer words, such as headings, may well occur twice."""
 BALANCE_ROWS, BALANCE_LABELS, BALANCE_EXCESS = 20, 20, 0.25
@@ -54,17 +57,45 @@ def check(
     tokens, more = _lengths(checked, limits or Limits())
     found += more
     found += _duplicates(checked)
-    found += _contradictions(checked)
-    words = _words(checked)
+    found += _contradictions(checked, {file.file for file in own if _classes(file)})
+    pieces = _pieces(checked)
+    words = Words.of(pieces)
     taken = {(finding.file, finding.line) for finding in found}
     found += [each for each in _near(checked, words) if (each.file, each.line) not in taken]
     found += [each for file in own for each in _balance(file)]
     if others:
-        found += _leaks(checked, words, [row for file in others for row in file.rows])
+        found += _leaks(checked, pieces, words, [row for file in others for row in file.rows])
     places = {file.file: number for number, file in enumerate([*own, *others])}
     kept = sorted((each for each in found if each.rule not in ignored), key=lambda each: (places[each.file], each.line or 0))
     summaries = [_summary(file, kept, tokens, is_against=number >= len(own)) for number, file in enumerate([*own, *others])]
     return Audit(files=tuple(summaries), findings=tuple(kept))
+
+
+def remark(source: Source) -> str | None:
+    """How much of drawn calibration text is said more than once, in a line; None where nothing is, or it is infopt's own."""
+    if source.name == "bundled":
+        return None
+    drawn = list(_drawn(source))
+    again = _duplicates(drawn)
+    taken = {finding.line for finding in again}
+    near = [finding for finding in _near(drawn, Words.of(_pieces(drawn))) if finding.line not in taken]
+    if not again and not near:
+        return None
+    advice = "" if source.name.startswith(HUB) else f" (infopt data check {source.name})"
+    return f"calibration text: of {len(drawn)} rows, {len(again)} repeat others and {len(near)} nearly do{advice}"
+
+
+def _drawn(source: Source) -> Iterator[Row]:
+    """The rows of calibration text, numbered as they were drawn; the passages of a plain text. No more than can be told soon."""
+    left = REMARK_CHARS
+    if len(source.documents) == 1 and not source.documents[0].messages:
+        yield from rows.passages(source.documents[0].text[:left], source.name)
+        return
+    for number, each in enumerate(source.documents, start=1):
+        yield rows.of_chat(each.messages, source.name, number) if each.messages else rows.of_text(each.text, source.name, number)
+        left -= sum(map(len, each.said))
+        if left <= 0:
+            return
 
 
 def _require_different(names: Sequence[str]) -> None:
@@ -94,9 +125,9 @@ def _lengths(found: Sequence[Row], limits: Limits) -> tuple[dict[str, list[int]]
     tokens: dict[str, list[int]] = {}
     findings: list[Finding] = []
     for row in found:
-        if row.chars > limits.max_chars:
-            message = f"{row.chars} characters, more than {limits.max_chars}"
-            findings.append(_finding(row, "over-long", message, row.chars))
+        if len(row.text) > limits.max_chars:
+            message = f"{len(row.text)} characters, more than {limits.max_chars}"
+            findings.append(_finding(row, "over-long", message, len(row.text)))
         if limits.count is None:
             continue
         try:
@@ -129,42 +160,41 @@ def _duplicates(found: Sequence[Row]) -> list[Finding]:
     return findings
 
 
-def _contradictions(found: Sequence[Row]) -> list[Finding]:
-    """One finding an input, at the first row whose label differs from the first row's."""
+def _contradictions(found: Sequence[Row], labelled: Collection[str]) -> list[Finding]:
+    """One finding an input, at the first row whose label differs from the first row's.
+
+    Short answers of chats are labels in the files `labelled`, which give the same few again and again.
+    """
     asked: dict[str, list[Row]] = {}
     for row in found:
         if row.asked is not None and row.label is not None:
             asked.setdefault(row.asked, []).append(row)
     findings = []
     for same in asked.values():
-        labels = list(dict.fromkeys(row.label or "" for row in same))
-        if len(labels) < 2:
+        by_label: dict[str, Row] = {}
+        for row in same:
+            by_label.setdefault(plain(row.label or ""), row)
+        if len(by_label) < 2:
             continue
-        other = next(row for row in same if row.label != same[0].label)
-        is_label = other.format != "chats" or all(short_label(label) is not None for label in labels)
-        shown = f": {_short(labels[1])} here, {_short(labels[0])} there" if is_label else ""
-        more = f"; {len(labels)} answers in {len(same)} rows" if len(same) > 2 else ""
-        message = f"the same input as {_place(same[0], other)} with another answer{shown}{more}"
+        first, other, *_ = by_label.values()
+        is_label = all(row.format != "chats" or (row.answer_class and row.file in labelled) for row in by_label.values())
+        shown = f": {short(other.label or '')} here, {short(first.label or '')} there" if is_label else ""
+        more = f"; {len(by_label)} answers in {len(same)} rows" if len(same) > 2 else ""
+        message = f"the same input as {_place(first, other)} with another answer{shown}{more}"
         findings.append(_finding(other, "contradiction" if is_label else "several-answers", message, len(same)))
     return findings
 
 
-def _short(text: str, limit: int = 40) -> str:
-    return repr(text if len(text) <= limit else text[: limit - 1] + "…")
-
-
-def _words(found: Sequence[Row]) -> Words:
-    """Their words; runs cross from one passage of a plain text to the next, and otherwise from no piece to another."""
-
-    def pieces() -> Iterable[Piece]:
-        stretch = 0
-        for number, row in enumerate(found):
-            for piece in row.pieces:
-                goes_on = row.format == "text" and number and found[number - 1].file == row.file
-                stretch += not goes_on
-                yield Piece(number, stretch, piece)
-
-    return Words.of(pieces(), len(found))
+def _pieces(found: Sequence[Row]) -> list[Piece]:
+    """Runs of words cross from one passage of a plain text to the next, and otherwise from no piece to another."""
+    pieces: list[Piece] = []
+    stretch = 0
+    for number, row in enumerate(found):
+        goes_on = row.format == "text" and number and found[number - 1].file == row.file
+        for text in row.pieces:
+            stretch += not goes_on
+            pieces.append(Piece(number, stretch, text))
+    return pieces
 
 
 def _near(found: Sequence[Row], words: Words) -> list[Finding]:
@@ -182,12 +212,16 @@ def _near(found: Sequence[Row], words: Words) -> list[Finding]:
     return findings
 
 
+def _classes(file: DataFile) -> Counter[str]:
+    """Rows per short answer; empty where these are no classes, since nearly every row has another."""
+    counts = Counter(row.answer_class for row in file.rows if row.answer_class is not None)
+    return counts if len(counts) <= min(BALANCE_LABELS, counts.total() // 2) else Counter()
+
+
 def _labels(file: DataFile) -> Counter[str]:
-    """Rows per label; empty where answers are no labels: not of every row, or nearly as many as rows."""
-    known = [row.answer_class for row in file.rows if row.answer_class is not None]
-    counts = Counter(known)
-    is_closed = 0 < len(counts) <= min(BALANCE_LABELS, max(2, len(known) // 2))
-    return counts if is_closed and len(known) >= len(file.rows) / 2 else Counter()
+    """Rows per label; empty where fewer than half of the rows have one."""
+    counts = _classes(file)
+    return counts if counts.total() >= len(file.rows) / 2 else Counter()
 
 
 def _balance(file: DataFile) -> list[Finding]:
@@ -200,34 +234,42 @@ def _balance(file: DataFile) -> list[Finding]:
     if most / total - even <= BALANCE_EXCESS:
         return []
     share = f"{units.percent(most / total)}; evenly it would be {units.percent(even)}"
-    message = f"{_short(label)} is the answer of {most} of {total} rows ({share})"
+    message = f"{short(label)} is the answer of {most} of {total} rows ({share})"
     return [Finding(file=file.file, line=None, rule="imbalance", message=message)]
 
 
-def _leaks(own: Sequence[Row], words: Words, others: Sequence[Row]) -> list[Finding]:
-    """Each row that shares a passage with the other set, and where the most of it is there."""
-    other_words = _words(others)
+def _leaks(own: Sequence[Row], pieces: Sequence[Piece], words: Words, others: Sequence[Row]) -> list[Finding]:
+    """Each row that shares a passage with the other set, and where the most of it is there.
+
+    That is a row that is found there, and one that a row of the other set is found in.
+    """
+    other_pieces = _pieces(others)
+    other_words = Words.of(other_pieces)
     found = shares(words, Fingerprint.whole(other_words), other_words)
     back = {share.row: share for share in shares(other_words, Fingerprint.whole(words), words)}
     beside = partners(words, other_words, found)
-    findings = []
+    findings = {}
     for share in found:
         row, other, returned = own[share.row], others[beside[share.row]], back.get(beside[share.row])
         worst = share.found / share.judged + (returned.found / returned.judged if returned else 0)
-        findings.append(_finding(row, "leakage", _leak(row, share, other, returned), worst))
-    return findings
+        findings[share.row] = _finding(row, "leakage", _leak(pieces[share.piece], row, share, other, returned), worst)
+    for there, here in partners(other_words, words, back.values()).items():
+        if here not in findings and others[there].format != "text":
+            text = short(other_pieces[back[there].piece].text, 80)
+            findings[here] = _finding(own[here], "leakage", f"{others[there].where} is in it: {text}", 1.0)
+    return list(findings.values())
 
 
-def _leak(row: Row, share: Share, other: Row, back: Share | None) -> str:
-    text = _short(quote("\n".join(row.pieces), share.first, share.length), 80)
+def _leak(piece: Piece, row: Row, share: Share, other: Row, back: Share | None) -> str:
+    text = short(quote(piece.text, share.first, share.length), 80)
     if share.length < RUN:
-        return f"all of it is in {other.where}: {text}"
+        return f"{'its question' if piece.text != row.pieces[0] else 'all of it'} is in {other.where}: {text}"
     there = f"; {units.percent(back.found / back.judged)} of that row is here" if back else ""
     return f"shares {share.found} of its {share.judged} runs of {RUN} words with {other.where}{there}: {text}"
 
 
 def _summary(file: DataFile, findings: Sequence[Finding], tokens: dict[str, list[int]], *, is_against: bool) -> FileSummary:
-    lengths = sorted(row.chars for row in file.rows)
+    lengths = sorted(len(row.text) for row in file.rows)
     counted = tokens.get(file.file, [])
     own = [finding for finding in findings if finding.file == file.file]
     return FileSummary(

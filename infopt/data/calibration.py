@@ -3,12 +3,13 @@
 | `calibration.text` | what it is |
 |---|---|
 | `bundled` | 300 kB of the Jargon File |
-| a path ending with .jsonl | a row each: {"text": ...}, or a chat (`infopt.data.chats`), which goes through the chat template |
-| another path | plain text in UTF-8 |
+| a .jsonl or .ndjson file | a row each: {"text": ...}, or a chat (`infopt.data.chats`), which goes through the chat template |
+| another file | plain text in UTF-8, no JSON |
 | `hub:NAME[:SPLIT[:FIELD]]` | a data set of the hub, NAME being owner/name[/configuration]; needs the package datasets |
 
 Of many rows as many are drawn, in an order that `seed` decides, as make 16 characters for every token asked for, which is
-enough for any tokenizer; so what a model may have seen, and its fingerprint, are the same for every model. Documents are packed
+enough for any tokenizer, and of a long text as many spans of that length; so what a model may have seen, and its fingerprint,
+are the same for every model. Documents are packed
 one after the other, each text ended by the end-of-text token, and cut into windows.
 """
 
@@ -26,10 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 from infopt.data import texts
 from infopt.data.chats import contents, parse_chat
-from infopt.data.jsonl import kind, read_file, want_text
-from infopt.data.overlap import Fingerprint, Piece, Words
+from infopt.data.jsonl import is_json, is_jsonl, kind, parse_line, read_file, want_text
+from infopt.data.overlap import Piece, Words, pieces
 from infopt.data.prompts import Message, render
-from infopt.data.rows import parse_line
+from infopt.data.rows import JSON_HINT
 from infopt.errors import InputError, MissingNeedError
 from infopt.needs import Needs, missing_need
 
@@ -54,8 +55,14 @@ class Document:
     messages: tuple[Message, ...] = ()
 
     @property
-    def pieces(self) -> tuple[str, ...]:
+    def said(self) -> tuple[str, ...]:
         return contents(self.messages) if self.messages else (self.text,)
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """What is compared for overlap: all of it, and a chat's question by itself."""
+        is_answered = bool(self.messages) and self.messages[-1].role == "assistant"
+        return pieces("\n".join(self.said), "\n".join(self.said[:-1]) if is_answered else None)
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,10 @@ class Source:
     documents: tuple[Document, ...]
     hash: str
 
-    def fingerprint(self) -> Fingerprint:
-        """Of all that was drawn."""
+    def words(self) -> Words:
+        """Of all that was drawn, to be compared for overlap."""
         texts = ((row, text) for row, document in enumerate(self.documents) for text in document.pieces)
-        pieces = (Piece(row, stretch, text) for stretch, (row, text) in enumerate(texts))
-        return Fingerprint.of(Words.of(pieces, len(self.documents)))
+        return Words.of(Piece(row, stretch, text) for stretch, (row, text) in enumerate(texts))
 
 
 def read(section: Calibration) -> Source:
@@ -81,10 +87,12 @@ def read(section: Calibration) -> Source:
     content = read_file(path, "give plain text in UTF-8, JSONL, or `bundled`")
     if "\0" in content:
         raise InputError(f"{path}: a binary file", hint="give plain text in UTF-8, JSONL, or `bundled`")
-    if path.suffix == ".jsonl":
+    if is_jsonl(path):
         documents = _drawn(_shuffled(list(_documents(path, content)), section.seed), section)
+    elif is_json(content):
+        raise InputError(f"{path}: JSON, which would be read as prose", hint=JSON_HINT)
     else:
-        documents = (Document(str(path), text=content),)
+        documents = (Document(str(path), text=_spans(content, section)),)
     return Source(section.text, documents, texts.content_hash(content))
 
 
@@ -125,6 +133,16 @@ def _shuffled(documents: list[Document], seed: int) -> list[Document]:
     return documents
 
 
+def _spans(text: str, section: Calibration) -> str:
+    """Of a text longer than any tokenizer needs, as many spans as there are windows, from all over it."""
+    length = section.tokens * CHARS_PER_TOKEN
+    starts = range(0, len(text), length)
+    if len(starts) <= section.samples:
+        return text
+    chosen = sorted(random.Random(section.seed).sample(starts, section.samples))
+    return "\n".join(text[start : start + length] for start in chosen)
+
+
 def _drawn(documents: Iterable[Document], section: Calibration) -> tuple[Document, ...]:
     """The first documents that make enough text for any tokenizer."""
     left = section.samples * section.tokens * CHARS_PER_TOKEN
@@ -133,7 +151,7 @@ def _drawn(documents: Iterable[Document], section: Calibration) -> tuple[Documen
         if left <= 0:
             break
         found.append(document)
-        left -= sum(map(len, document.pieces))
+        left -= sum(map(len, document.said))
     return tuple(found)
 
 

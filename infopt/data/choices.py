@@ -32,6 +32,11 @@ class Item:
     answer: int
     source: str
 
+    @property
+    def text(self) -> str:
+        """The question and its answer."""
+        return f"{self.question} {self.choices[self.answer]}"
+
 
 def read_choices(path: Path) -> tuple[Item, ...]:
     """The items of a file, in its order. Raises InputError with file and line for anything that is not an item."""

@@ -24,7 +24,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from infopt.data.jsonl import check_keys, kind, want_count, want_text
+from infopt.data.jsonl import check_keys, kind, short, want_count, want_text
 from infopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -80,13 +80,11 @@ class Expect:
         return tuple(Failure(rule, reason) for rule, reason in found.items() if reason is not None)
 
     def _exact(self, text: str) -> str | None:
-        return (
-            None if self.exact is None or text.strip() == self.exact.strip() else f"is {_short(text)}, not {_short(self.exact)}"
-        )
+        return None if self.exact is None or text.strip() == self.exact.strip() else f"is {short(text)}, not {short(self.exact)}"
 
     def _contains(self, text: str) -> str | None:
         missing = [part for part in self.contains if part not in text]
-        return f"lacks {_short(missing[0])}" if missing else None
+        return f"lacks {short(missing[0])}" if missing else None
 
     def _regex(self, text: str) -> str | None:
         return None if self.regex is None or re.search(self.regex, text) else f"no match of /{self.regex}/"
@@ -100,12 +98,12 @@ class Expect:
         if problem:
             return problem
         error = best_match(_validator(self.json_schema).iter_errors(value))
-        return None if error is None else f"{error.json_path}: {_short(error.message, 120)}"
+        return None if error is None else f"{error.json_path}: {short(error.message, 120)}"
 
     def _choice(self, text: str) -> str | None:
         if not self.choice or _plain(text) in {_plain(option) for option in self.choice}:
             return None
-        return f"{_short(text)} is none of {', '.join(self.choice)}"
+        return f"{short(text)} is none of {', '.join(self.choice)}"
 
     def _refusal(self, text: str) -> str | None:
         if self.refusal is None or is_refusal(text) == self.refusal:
@@ -245,8 +243,3 @@ def _no_constant(name: str) -> None:
 
 def _plain(text: str) -> str:
     return text.strip().strip("\"'`*“”‘’ ").rstrip(".!").strip("\"'`*“”‘’ ").casefold()
-
-
-def _short(text: str, limit: int = 40) -> str:
-    text = " ".join(text.split())
-    return repr(text if len(text) <= limit else text[: limit - 3] + "...")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,18 +32,68 @@ def read_rows(path: Path, keys: Collection[str], hint: str) -> Iterator[tuple[st
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{where}: broken JSON ({error.msg}, column {error.colno})", hint="one JSON object per line"
-            ) from None
-        except RecursionError:
-            raise InputError(f"{where}: broken JSON (nested too deeply)", hint="one JSON object per line") from None
+        row = parse_line(line)
         if not isinstance(row, dict):
-            raise InputError(f"{where}: found {kind(row)}; a row is a JSON object", hint=hint)
+            raise InputError(f"{where}: {row[1]}", hint=hint)
         check_keys(row, keys, where)
         yield where, row
+
+
+def is_jsonl(path: Path) -> bool:
+    """By its name: .jsonl or .ndjson."""
+    return path.suffix.lower() in (".jsonl", ".ndjson")
+
+
+def is_json(text: str) -> bool:
+    """Whether a text opens with a JSON object, or a list of strings, lists or objects, so that it is no prose."""
+    try:
+        found, _ = json.JSONDecoder().raw_decode(text.lstrip())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) or (isinstance(found, list) and isinstance(next(iter(found), None), str | list | dict))
+
+
+class _RowError(ValueError):
+    """What JSON itself allows, or Python, and a row does not."""
+
+
+def parse_line(line: str) -> dict[str, Any] | tuple[str, str]:
+    """The JSON object in a line, or (rule, what is wrong with it)."""
+    try:
+        found = json.loads(line, object_pairs_hook=_no_twice, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        return "json", f"broken JSON ({error.msg}, column {error.colno})"
+    except RecursionError:
+        return "json", "broken JSON (nested too deeply)"
+    except _RowError as error:
+        return "json", str(error)
+    except ValueError:  # Python reads no more than a few thousand digits
+        return "json", "a number with too many digits"
+    if not isinstance(found, dict):
+        return "json", f"found {kind(found)}; a row is a JSON object"
+    if "\\u" in line and _has_lone_surrogate(found):
+        return "encoding", "half a surrogate pair (\\ud800 … \\udfff), which is no character"
+    return found
+
+
+def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _RowError(f"the key {twice!r} is given twice")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise _RowError(f"{name} is not JSON")
+
+
+def _has_lone_surrogate(row: dict[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def check_keys(mapping: dict[str, Any], keys: Collection[str], where: str) -> None:
@@ -57,6 +108,12 @@ def kind(value: object) -> str:
     name = names.get(type(value), "null")
     text = json.dumps(value, ensure_ascii=False, default=str)
     return name if value is None else f"{name} ({text if len(text) <= 40 else text[:37] + '...'})"
+
+
+def short(text: str, limit: int = 40) -> str:
+    """The text in quotes on one line, cut to `limit` characters, for messages."""
+    text = " ".join(text.split())
+    return repr(text if len(text) <= limit else text[: limit - 1] + "…")
 
 
 def want_text(row: dict[str, Any], key: str, where: str) -> str:

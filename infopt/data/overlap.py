@@ -1,10 +1,13 @@
 """Which rows share a passage with other text: by hashed runs of words, exactly, or from a small fingerprint of that text.
 
 A run of 13 words in common is contamination in GPT-3's analysis (arXiv 2005.14165, appendix C). Words are lower-cased runs of
-letters and digits after Unicode's NFKC; a Chinese or Japanese character is a word. A row in which no piece has 13 words shares
-a passage when all its runs of 8 words, the least length in that analysis, occur in the other text. A row of 4 to 7 words, not
-a passage of plain text, does when it is a row of the other set too; a shorter one is not judged. Runs in more than ten rows of
-both sides are a template, not content, and do not count (ten as there).
+letters and digits after Unicode's NFKC; a Chinese or Japanese character is a word. A piece that has no 13 words shares a passage
+when all its runs of 8 words, the least length in that analysis, occur in the other text. A piece of fewer than 8 words, not a
+passage of plain text, does when it is a piece of the other set too. Runs in more than ten rows of both sides are a template, not
+content, and do not count (ten as there).
+
+A row shares a passage when one of its pieces does. A question with its answer is a piece, and the question is another, so that
+it is found beside other answers and in other layouts. A question of one or two words alone says too little to be one.
 
 A word's 64-bit hash is blake2b; a run's is the polynomial Σ wᵢ·Bⁿ⁻ⁱ mod 2⁶⁴ of its words'. Two different runs have the same hash
 with probability 2⁻⁶⁴: comparing 10⁵ runs with 10⁵ finds one that is not there with probability 5·10⁻¹⁰.
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
     Hashes = NDArray[np.uint64]
     Indices = NDArray[np.int64]
 
-RUN, SHORT_RUN, LEAST = 13, 8, 4
+RUN, SHORT_RUN = 13, 8
+QUESTION = 3
+"""Words of a question that is compared without its answer."""
 TEMPLATE_ROWS = 10
 KEPT = 2**16
 """Hashes of a fingerprint per length of run: 512 KiB each at most."""
@@ -40,7 +45,7 @@ _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
 
 
 class Piece(NamedTuple):
-    """Text of a row. Runs of words cross from one piece to the next of the same `stretch` and no other."""
+    """What is judged of a row. Runs of words cross from one piece to the next of the same `stretch` and no other."""
 
     row: int
     stretch: int
@@ -49,6 +54,16 @@ class Piece(NamedTuple):
 
 def words(text: str) -> list[str]:
     return _WORD.findall((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower())
+
+
+def pieces(text: str, question: str | None = None) -> tuple[str, ...]:
+    """What is compared of a row that says `text`, which opens with `question`, or is it where there is no answer."""
+    if question is None:
+        return (text,)
+    count = len(words(question))
+    if text == question:
+        return (question,) if count >= QUESTION else ()
+    return (text, question) if QUESTION <= count < RUN else (text,)  # the runs of a longer one decide
 
 
 class _Vocabulary(dict[str, int]):
@@ -60,27 +75,31 @@ class _Vocabulary(dict[str, int]):
 
 @dataclass(frozen=True)
 class Words:
-    """The words of many rows: `hashes`, `row` and `stretch` [words], `count` rows."""
+    """The words of many rows: `hashes` and `piece` [words]; of each piece its `row` and its `stretch` [pieces]."""
 
     hashes: Hashes
+    piece: Indices
     row: Indices
     stretch: Indices
-    count: int
 
     @staticmethod
-    def of(pieces: Iterable[Piece], count: int) -> Words:
-        """The words of `pieces`, whose rows are numbered from 0 to `count` - 1."""
+    def of(found: Iterable[Piece]) -> Words:
         import numpy as np
 
         vocabulary = _Vocabulary()
-        found: list[int] = []
+        hashes: list[int] = []
         places: list[tuple[int, int, int]] = []
-        for piece in pieces:
-            before = len(found)
-            found.extend(map(vocabulary.__getitem__, words(piece.text)))
-            places.append((piece.row, piece.stretch, len(found) - before))
+        for piece in found:
+            before = len(hashes)
+            hashes.extend(map(vocabulary.__getitem__, words(piece.text)))
+            places.append((piece.row, piece.stretch, len(hashes) - before))
         rows, stretches, lengths = np.array(places, dtype=np.int64).reshape(-1, 3).T
-        return Words(np.array(found, dtype=np.uint64), np.repeat(rows, lengths), np.repeat(stretches, lengths), count)
+        return Words(np.array(hashes, dtype=np.uint64), np.repeat(np.arange(len(rows)), lengths), rows, stretches)
+
+    @property
+    def count(self) -> int:
+        """The pieces."""
+        return len(self.row)
 
     def runs(self, length: int) -> tuple[Hashes, Indices]:
         """(hash, index of its first word) of every run of `length` words inside a stretch."""
@@ -90,20 +109,18 @@ class Words:
         base, total = np.uint64(_BASE), self.hashes[:starts].copy()
         for offset in range(1, length):
             total = total * base + self.hashes[offset : starts + offset]
-        inside = np.flatnonzero(self.stretch[:starts] == self.stretch[length - 1 : length - 1 + starts])
+        stretch = self.stretch[self.piece]
+        inside = np.flatnonzero(stretch[:starts] == stretch[length - 1 : length - 1 + starts])
         return total[inside], inside
 
     def wholes(self) -> tuple[Hashes, Indices]:
-        """(hash, index of its first word) of every row of 4 to 7 words in a stretch of its own."""
+        """(hash, index of its first word) of every piece of 1 to 7 words in a stretch of its own."""
         import numpy as np
 
-        size = np.bincount(self.row, minlength=self.count)
-        begins = np.ones(len(self.row), dtype=bool)
-        begins[1:] = (self.row[1:] != self.row[:-1]) | (self.stretch[1:] != self.stretch[:-1])
-        first = np.flatnonzero(begins)
-        length = np.diff(first, append=len(self.row))
-        is_alone = np.bincount(self.stretch[first]) == 1 if len(first) else np.zeros(0, dtype=bool)
-        chosen = (length == size[self.row[first]]) & (length >= LEAST) & (length < SHORT_RUN) & is_alone[self.stretch[first]]
+        length = np.bincount(self.piece, minlength=self.count)
+        first = np.cumsum(length) - length
+        is_alone = np.bincount(self.stretch)[self.stretch] == 1 if self.count else np.zeros(0, dtype=bool)
+        chosen = (length > 0) & (length < SHORT_RUN) & is_alone
         first, length = first[chosen], length[chosen]
         total = self.hashes[first].copy()
         for offset in range(1, SHORT_RUN - 1):
@@ -112,7 +129,7 @@ class Words:
         return total, first
 
     def units(self, length: int) -> tuple[Hashes, Indices]:
-        """What is compared at a length of run: the runs, and with those of 8 words the rows that are shorter."""
+        """What is compared at a length of run: the runs, and with those of 8 words the pieces that are shorter."""
         import numpy as np
 
         hashes, first = self.runs(length)
@@ -123,15 +140,15 @@ class Words:
         return np.concatenate([hashes, more])[order], np.concatenate([first, where])[order]
 
     def judged(self, length: int) -> tuple[Hashes, Indices]:
-        """Runs that decide: all of 13 words; those of 8 words only where the row has none of 13."""
+        """Runs that decide: all of 13 words; those of 8 words only where the piece has none of 13."""
         import numpy as np
 
         hashes, first = self.units(length)
         if length == RUN:
             return hashes, first
         has_long = np.zeros(self.count, dtype=bool)
-        has_long[self.row[self.runs(RUN)[1]]] = True
-        mine = ~has_long[self.row[first]]
+        has_long[self.piece[self.runs(RUN)[1]]] = True
+        mine = ~has_long[self.piece[first]]
         return hashes[mine], first[mine]
 
     def templates(self, length: int, among: Hashes) -> Hashes:
@@ -140,7 +157,7 @@ class Words:
 
         hashes, first = self.units(length)
         chosen = _members(hashes, distinct(among))
-        in_rows, _, _ = _pairs(hashes[chosen], self.row[first[chosen]])
+        in_rows, _, _ = _pairs(hashes[chosen], self.row[self.piece[first[chosen]]])
         found, counts = np.unique(in_rows, return_counts=True)
         return found[counts > TEMPLATE_ROWS]
 
@@ -189,10 +206,11 @@ class Fingerprint:
         import numpy as np
 
         try:
-            found = np.load(path, allow_pickle=False)
+            with path.open("rb") as file:
+                found = np.lib.format.read_array(file, allow_pickle=False)
             long_bound, short_bound, count = (int(number) for number in found[:3])
             long, short = found[3 : 3 + count].astype(np.uint64), found[3 + count :].astype(np.uint64)
-        except (OSError, ValueError, TypeError, EOFError, IndexError) as error:
+        except (OSError, ValueError, TypeError, IndexError, OverflowError, MemoryError) as error:
             message = f"{path}: the fingerprint of the calibration text cannot be read ({error})"
             raise InputError(message, hint="make the artifact again: infopt optimize") from None
         return Fingerprint(long, short, long_bound, short_bound)
@@ -203,10 +221,11 @@ class Fingerprint:
 
 
 class Share(NamedTuple):
-    """How much of a row occurs in the other text: `found` of the `judged` runs of `length` words; `first` is the number,
-    in the row, of the first word of the first one found."""
+    """How much of a row occurs in the other text: `found` of the `judged` runs of `length` words of its piece number `piece`;
+    `first` is the number, in the piece, of the first word of the first one found."""
 
     row: int
+    piece: int
     length: int
     found: int
     judged: int
@@ -238,12 +257,12 @@ def _members(hashes: Hashes, known: Hashes) -> NDArray[np.bool_]:
 
 
 def shares(own: Words, other: Fingerprint, other_words: Words | None = None) -> list[Share]:
-    """The rows of `own` that share a passage with `other`, in order. A fingerprint does not tell rows apart: without
-    `other_words`, templates are those of `own` alone."""
+    """The rows of `own` that share a passage with `other`, in order, each by the first of its pieces that does. A fingerprint
+    does not tell rows apart: without `other_words`, templates are those of `own` alone."""
     import numpy as np
 
-    start_of_row = np.searchsorted(own.row, np.arange(own.count))
-    rows: list[Share] = []
+    start = np.searchsorted(own.piece, np.arange(own.count))
+    found: list[Share] = []
     for length in (RUN, SHORT_RUN):
         hashes, first = own.judged(length)
         known, bound = other.side(length)
@@ -254,27 +273,28 @@ def shares(own: Words, other: Fingerprint, other_words: Words | None = None) -> 
         if other_words is not None:
             templates = other_words.templates(length, templates)
         is_found &= ~_members(hashes, templates)
-        judged = np.bincount(own.row[first], minlength=own.count)
+        judged = np.bincount(own.piece[first], minlength=own.count)
         firsts = first[is_found]
-        found = np.bincount(own.row[firsts], minlength=own.count)
-        leaking = np.flatnonzero(found > 0 if length == RUN else (found > 0) & (found == judged))
-        begins = firsts[np.searchsorted(own.row[firsts], leaking)] - start_of_row[leaking]
-        numbers = (leaking, found[leaking], judged[leaking], begins)
-        rows += [Share(row, length, *rest) for row, *rest in zip(*(each.tolist() for each in numbers), strict=True)]
-    return sorted(rows)
+        hits = np.bincount(own.piece[firsts], minlength=own.count)
+        leaking = np.flatnonzero(hits > 0 if length == RUN else (hits > 0) & (hits == judged))
+        begins = firsts[np.searchsorted(own.piece[firsts], leaking)] - start[leaking]
+        lengths = np.full(len(leaking), length)
+        numbers = (own.row[leaking], leaking, lengths, hits[leaking], judged[leaking], begins)
+        found += map(Share._make, zip(*(each.tolist() for each in numbers), strict=True))
+    return list({share.row: share for share in sorted(found, reverse=True)}.values())[::-1]
 
 
 def partners(own: Words, other: Words, rows: Iterable[Share]) -> dict[int, int]:
-    """For each row of `own`, the row of `other` that holds most of its runs; the first of several."""
+    """For each row of `own`, the row of `other` that holds most of its piece's runs; the first of several."""
     import numpy as np
 
     best: dict[int, int] = {}
     rows = list(rows)
-    shares_by_length = {length: [share.row for share in rows if share.length == length] for length in (RUN, SHORT_RUN)}
-    for length, wanted in shares_by_length.items():
+    pieces_by_length = {length: [share.piece for share in rows if share.length == length] for length in (RUN, SHORT_RUN)}
+    for length, wanted in pieces_by_length.items():
         hashes, first = own.judged(length)
-        chosen = np.isin(own.row[first], np.array(wanted, dtype=np.int64))
-        hashes, mine = hashes[chosen], own.row[first[chosen]]
+        chosen = np.isin(own.piece[first], np.array(wanted, dtype=np.int64))
+        hashes, mine = hashes[chosen], own.row[own.piece[first[chosen]]]
         known, where = other.units(length)
         common = _members(known, distinct(hashes))
         known, index = np.unique(known[common], return_index=True)
@@ -283,7 +303,7 @@ def partners(own: Words, other: Words, rows: Iterable[Share]) -> dict[int, int]:
             continue
         at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
         hit = known[at] == hashes
-        rows_here, rows_there, counts = _pairs(mine[hit], other.row[where[index[at[hit]]]])
+        rows_here, rows_there, counts = _pairs(mine[hit], other.row[other.piece[where[index[at[hit]]]]])
         order = np.lexsort((-rows_there, counts))  # of a row here, the last one stays
         best |= dict(zip(rows_here[order].tolist(), rows_there[order].tolist(), strict=True))
     return best

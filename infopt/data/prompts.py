@@ -120,7 +120,8 @@ def parse_prompt(row: dict[str, Any], default_id: str, where: str) -> Prompt:
 def parse_messages(value: Any, where: str) -> tuple[Message, ...]:
     """The messages of a chat. Raises InputError."""
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: messages is {kind(value)}; a list of messages is wanted", hint=_MESSAGES_HINT)
+        found = "empty" if value == [] else kind(value)
+        raise InputError(f"{where}: messages is {found}; a list of messages is wanted", hint=_MESSAGES_HINT)
     messages = []
     for index, entry in enumerate(value):
         place = f"{where}: messages[{index}]"

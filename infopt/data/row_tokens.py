@@ -19,4 +19,4 @@ def count(row: Row, tokenizer: PreTrainedTokenizerBase) -> int:
     if row.messages and tokenizer.chat_template:
         text = render(row.messages, tokenizer, row.where, is_open=row.format == "checks")
         return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return len(tokenizer("\n".join(row.pieces), verbose=False)["input_ids"])
+    return len(tokenizer(row.text, verbose=False)["input_ids"])

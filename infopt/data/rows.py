@@ -3,18 +3,19 @@
 | format | row |
 |---|---|
 | text | a passage between blank lines of a plain text file; a line, in a file without blank lines |
-| texts | {"text": ...} |
+| texts | {"text": ...}, where a `label` beside it, a string, number or boolean, is its class |
 | chats | {"messages": [...]} ending with the assistant's turn, or {"prompt": ..., "response": ...} |
 | choices | {"question": ..., "choices": [...], "answer": 0}, see `infopt.data.choices` |
 | checks | {"prompt": ...} or {"messages": [...]} ending with the user's turn, with `expect`, see `infopt.data.prompts` |
 
-A file whose name ends with .jsonl is of the format that most of its rows have; every other file is plain text.
+A file whose name ends with .jsonl or .ndjson is of the format that most of its rows have; every other file is plain text.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,27 +24,31 @@ from typing import Any
 
 from infopt.data import choices, prompts
 from infopt.data.chats import HINT, contents, parse_chat
-from infopt.data.jsonl import check_keys, kind, want_text
+from infopt.data.jsonl import check_keys, is_json, is_jsonl, parse_line, want_text
+from infopt.data.overlap import pieces
 from infopt.data.prompts import Message
 from infopt.errors import InputError
 from infopt.findings import Finding
 
+JSON_HINT = "JSON Lines are read from a file named .jsonl or .ndjson"
 FORMATS = ("text", "texts", "chats", "choices", "checks")
 _PASSAGE = re.compile(r"\S[^\n]*(?:\n[^\S\n]*\S[^\n]*)*")
 _LINE = re.compile(r"\S[^\n]*")
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n(?=\s*\S)")
 _REPLACED = re.compile(r"\ufffd|\\u[fF]{3}[dD]")
+_MARKS = re.compile(r"[.,;:!?…。、，；：？！]+(?!\w)|(?<!\w)[\"'`“”‘’]+|[\"'`“”‘’]+(?!\w)")
 _HINT = "a row has text; messages; prompt and response; or question, choices and answer"
 
 
 @dataclass(frozen=True)
 class Row:
-    """`pieces` are compared for overlap. The same `asked` with another `label` is a contradiction. `answer_class`: the class
-    whose balance counts, where rows have classes, `options` of them at least."""
+    """`pieces` of its `text` are compared for overlap, see `infopt.data.overlap`. The same `asked` with another `label` is a
+    contradiction. `answer_class`: the class whose balance counts, where rows have classes, `options` of them at least."""
 
     file: str
     line: int
     format: str
+    text: str
     key: str
     """Equal for rows that say the same."""
     pieces: tuple[str, ...]
@@ -56,10 +61,6 @@ class Row:
     @property
     def where(self) -> str:
         return f"{self.file}:{self.line}"
-
-    @property
-    def chars(self) -> int:
-        return sum(map(len, self.pieces))
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,6 @@ def read(path: Path, name: str | None = None) -> DataFile:
         raise InputError(f"{file}: no such file", hint="check the path; it is taken from the working directory") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})", hint="give a readable file") from None
-    is_jsonl = path.suffix == ".jsonl"
     if b"\0" in data:
         wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
         found = "UTF-16 text" if wide else "binary, not text"
@@ -88,8 +88,14 @@ def read(path: Path, name: str | None = None) -> DataFile:
     if not data.removeprefix(b"\xef\xbb\xbf").strip():
         return DataFile(file, "text", (), (Finding(file=file, line=None, rule="empty", message="the file is empty"),))
     lines, findings = _decode(data, file)
-    more = _read_jsonl(lines, file) if is_jsonl else _read_text(lines, file)
-    return DataFile(file, more.format, more.rows, (*findings, *more.findings))
+    if is_jsonl(path):
+        more = _read_jsonl(lines, file)
+        return DataFile(file, more.format, more.rows, (*findings, *more.findings))
+    text = "\n".join(lines)
+    if is_json(text):
+        wrong = Finding(file=file, line=None, rule="format", message=f"JSON, which would be read as prose; {JSON_HINT}")
+        return DataFile(file, "text", (), (*findings, wrong))
+    return DataFile(file, "text", passages(text, file), tuple(findings))
 
 
 def _decode(data: bytes, file: str) -> tuple[list[str], list[Finding]]:
@@ -110,20 +116,28 @@ def _decode(data: bytes, file: str) -> tuple[list[str], list[Finding]]:
     return lines, findings
 
 
-def _read_text(lines: list[str], file: str) -> DataFile:
-    text = "\n".join(lines)
+def passages(text: str, file: str) -> tuple[Row, ...]:
+    """The rows of a plain text."""
     unit = _PASSAGE if _BLANK_LINE.search(text) else _LINE
     rows: list[Row] = []
     line, last = 1, 0
     for match in unit.finditer(text):
         line, last = line + text.count("\n", last, match.start()), match.start()
-        rows.append(Row(file, line, "text", squeezed(match[0]), (match[0].rstrip(),)))
-    return DataFile(file, "text", tuple(rows), ())
+        passage = match[0].rstrip()
+        rows.append(Row(file, line, "text", passage, plain(passage), (passage,)))
+    return tuple(rows)
 
 
 def squeezed(text: str) -> str:
     """The text with white space runs as one blank."""
     return " ".join(text.split())
+
+
+def plain(text: str) -> str:
+    """What texts have in common that say the same: case, white space, and marks at the ends of words are no difference.
+
+    Signs are one: `2 + 2` is not `2 - 2`."""
+    return squeezed(_MARKS.sub(" ", unicodedata.normalize("NFC", text).casefold())) or squeezed(text)
 
 
 # --- JSON Lines ------------------------------------------------------------------------------------------------------
@@ -157,43 +171,6 @@ def _read_jsonl(lines: list[str], file: str) -> DataFile:
                 problem = "fields", str(error).removeprefix(f"{file}:{number}: ")
         findings.append(Finding(file=file, line=number, rule=problem[0], message=problem[1]))
     return DataFile(file, main, tuple(rows), tuple(findings))
-
-
-def parse_line(line: str) -> dict[str, Any] | tuple[str, str]:
-    """The JSON object in a line, or (rule, what is wrong with it)."""
-    try:
-        found = json.loads(line, object_pairs_hook=_no_twice, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        return "json", f"broken JSON ({error.msg}, column {error.colno})"
-    except RecursionError:
-        return "json", "broken JSON (nested too deeply)"
-    except ValueError as error:
-        return "json", str(error)
-    if not isinstance(found, dict):
-        return "json", f"found {kind(found)}; a row is a JSON object"
-    if "\\u" in line and _has_lone_surrogate(found):
-        return "encoding", "half a surrogate pair (\\ud800 … \\udfff), which is no character"
-    return found
-
-
-def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} is given twice")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _has_lone_surrogate(row: dict[str, Any]) -> bool:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _format(row: dict[str, Any]) -> str | None:
@@ -233,8 +210,16 @@ def _contents(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _text_row(row: dict[str, Any], file: str, line: int) -> Row:
-    text = want_text(row, "text", f"{file}:{line}")
-    return Row(file, line, "texts", squeezed(text), (text,))
+    text, label = want_text(row, "text", f"{file}:{line}"), row.get("label")
+    return of_text(text, file, line, str(label) if isinstance(label, str | int | float) and str(label).strip() else None)
+
+
+def of_text(text: str, file: str, line: int, label: str | None = None) -> Row:
+    asked = plain(text)
+    if label is None:
+        return Row(file, line, "texts", text, asked, (text,))
+    label = squeezed(label)
+    return Row(file, line, "texts", text, f"{asked}\n= {label}", (text,), asked, label, label, 2)
 
 
 def _chat_row(row: dict[str, Any], file: str, line: int) -> Row:
@@ -242,21 +227,31 @@ def _chat_row(row: dict[str, Any], file: str, line: int) -> Row:
     messages = parse_chat(row, where)
     if messages[-1].role != "assistant":
         raise InputError(f"{where}: the last message is the {messages[-1].role}'s, so nothing is answered", hint=HINT)
-    *turns, last = (f"{message.role}: {squeezed(message.content)}" for message in messages)
-    asked, answer = "\n".join(turns), squeezed(messages[-1].content)
-    return Row(file, line, "chats", f"{asked}\n{last}", contents(messages), asked, answer, short_label(answer), 2, messages)
+    return of_chat(messages, file, line)
+
+
+def of_chat(messages: tuple[Message, ...], file: str, line: int) -> Row:
+    said, answer = contents(messages), squeezed(messages[-1].content)
+    text, question = "\n".join(said), "\n".join(said[:-1])
+    asked = _turns(messages[:-1])
+    key = f"{asked}\n= {plain(answer)}"
+    return Row(file, line, "chats", text, key, pieces(text, question), asked, answer, _class(answer), 2, messages)
+
+
+def _turns(messages: tuple[Message, ...]) -> str:
+    return "\n".join(f"{message.role}: {plain(message.content)}" for message in messages)
 
 
 def _choice_row(row: dict[str, Any], file: str, line: int) -> Row:
     where = f"{file}:{line}"
     check_keys(row, choices.KEYS, where)
     item = choices.parse_item(row, Path(file), line, where)
-    options = sorted(map(squeezed, item.choices))
-    asked, label = "\n".join([squeezed(item.question), *options]), squeezed(item.choices[item.answer])
+    options = sorted(map(plain, item.choices))
+    asked, label = "\n".join([plain(item.question), *options]), squeezed(item.choices[item.answer])
     # The order of the choices is no difference; which of them stands where is what balance is about.
-    pieces = (f"{item.question} {item.choices[item.answer]}",)
     position = f"choice {item.answer + 1} of {len(item.choices)}"
-    return Row(file, line, "choices", f"{asked}\n= {label}", pieces, asked, label, position, len(item.choices))
+    key = f"{asked}\n= {plain(label)}"
+    return Row(file, line, "choices", item.text, key, pieces(item.text, item.question), asked, label, position, len(item.choices))
 
 
 def _check_row(row: dict[str, Any], file: str, line: int) -> Row:
@@ -264,15 +259,14 @@ def _check_row(row: dict[str, Any], file: str, line: int) -> Row:
     check_keys(row, prompts.KEYS, where)
     prompt = prompts.parse_prompt(row, f"row-{line}", where)
     messages = prompt.messages or (Message("user", prompt.text or ""),)
-    asked = "\n".join(f"{message.role}: {squeezed(message.content)}" for message in messages)
-    expect = prompt.expect
-    label = None
+    asked, text, expect = _turns(messages), "\n".join(contents(messages)), prompt.expect
+    label, answer = None, text
     if expect and expect.exact is not None:
-        label = squeezed(expect.exact)
+        label, answer = squeezed(expect.exact), f"{text}\n{expect.exact}"
     elif expect and expect.refusal is not None:
         label = "declines" if expect.refusal else "answers"
     key = f"{asked}\n{json.dumps(row.get('expect'), sort_keys=True)}"
-    return Row(file, line, "checks", key, contents(messages), asked, label, short_label(label), 2, messages)
+    return Row(file, line, "checks", text, key, pieces(answer, text), asked, label, _class(label), 2, messages)
 
 
 _PARSERS: dict[str, Callable[[dict[str, Any], str, int], Row]] = {
@@ -284,6 +278,6 @@ _PARSERS: dict[str, Callable[[dict[str, Any], str, int], Row]] = {
 LABEL_WORDS = 5
 
 
-def short_label(answer: str | None) -> str | None:
-    """An answer that is a label: of five words or fewer."""
-    return answer if answer is not None and len(answer.split()) <= LABEL_WORDS else None
+def _class(answer: str | None) -> str | None:
+    """An answer that may be a class: of five words or fewer."""
+    return plain(answer) if answer is not None and len(answer.split()) <= LABEL_WORDS else None

@@ -30,7 +30,7 @@ def export(
     LoadBackError when the export does not read back as what was written; DiskFullError.
     """
     if to not in FORMATS:
-        raise InputError(unknown("format", to, FORMATS), hint=f"allowed: {', '.join(FORMATS)}")
+        raise InputError(unknown("format", to, FORMATS), hint="infopt export --help")
     from infopt import pipeline
     from infopt.arms import file_name
 

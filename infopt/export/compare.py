@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from infopt.errors import LoadBackError
@@ -32,36 +33,36 @@ def against(before: torch.Tensor, after: torch.Tensor, ids: torch.Tensor) -> Aga
     )
 
 
-def close_enough(
-    expected: torch.Tensor, found: torch.Tensor, tolerance: float | None, floor: float | None, reader: str, texts: int
-) -> LoadBackCheck:
-    """Raises LoadBackError when the logits [tokens, vocabulary] of `reader` differ by more than `tolerance`, or agree on
-    the likeliest token at fewer positions than `floor`."""
-    import torch
+def figures(expected: torch.Tensor, found: torch.Tensor) -> dict[str, Any]:
+    """The fields of a `LoadBackCheck` that follow from logits, [tokens, vocabulary] each."""
+    return {
+        "tokens": expected.shape[0],
+        "max_abs_logit_difference": float((expected - found).abs().max()),
+        "top1_agreement": top1(expected, found),
+    }
 
-    difference, same = float((expected - found).abs().max()), top1(expected, found)
-    is_finite = bool(torch.isfinite(found).all())
-    if not is_finite or (tolerance is not None and not difference <= tolerance):
+
+def require(check: LoadBackCheck) -> LoadBackCheck:
+    """Raises LoadBackError when the logits differ by more than the check's tolerance, agree on the likeliest token at fewer
+    positions than its floor, or are not finite."""
+    difference, same = check.max_abs_logit_difference, check.top1_agreement
+    assert difference is not None
+    assert same is not None
+    if not isfinite(difference):
+        raise LoadBackError(f"the export, loaded by {check.reader}, gives logits that are not finite", hint=_HINT)
+    if check.tolerance is not None and difference > check.tolerance:
         raise LoadBackError(
-            f"the export, loaded by {reader}, gives logits up to {significant(difference)} away from the weights that were "
-            f"written (allowed: {significant(tolerance)}); nothing was written",
+            f"the export, loaded by {check.reader}, gives logits up to {significant(difference)} away from the weights that "
+            f"were written (allowed: {significant(check.tolerance)}); nothing was written",
             hint=_HINT,
         )
-    if floor is not None and same < floor:
+    if check.top1_floor is not None and same < check.top1_floor:
         raise LoadBackError(
-            f"the export, loaded by {reader}, has the source's likeliest token at {same:.0%} of the positions (at least "
-            f"{floor:.0%} is asked for); nothing was written",
+            f"the export, loaded by {check.reader}, has the source's likeliest token at {same:.0%} of the positions (at least "
+            f"{check.top1_floor:.0%} is asked for); nothing was written",
             hint="a type of more bits",
         )
-    return LoadBackCheck(
-        reader=reader,
-        tokens=expected.shape[0],
-        max_abs_logit_difference=difference,
-        tolerance=tolerance,
-        top1_agreement=same,
-        top1_floor=floor,
-        texts=texts,
-    )
+    return check
 
 
 def encoded(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[int]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -12,21 +13,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infopt import __version__, artifact, pipeline
+from infopt import __version__, artifact, leakage, pipeline
 from infopt.data import texts
 from infopt.errors import InputError
-from infopt.model import load, reference
+from infopt.export.record import Export
+from infopt.model import atomic, load, reference
 from infopt.model.plan import LoadPlan
 from infopt.model.quiet import quiet
 from infopt.protocols import Progress
+from infopt.result import read_record
 from infopt.settings import LoadOptions
 
 if TYPE_CHECKING:
-    import torch
-
+    from infopt.artifact import Artifact
     from infopt.model.bundle import Bundle
     from infopt.model.reference import ModelReference
 
+REPORT = "json"
+"""Ending of the report of an export that is a single file."""
+#: Longer than the probe of an artifact: what is compared here is another library's arithmetic.
+TOKENS = 4 * pipeline.PROBE_TOKENS
 #: Texts that a tokenizer must encode alike: numbers, spaces, line ends, scripts, contractions, joined emoji.
 TRICKY = (
     "Hello, world  12\n\n3 'tis naïve I'LL we've 1234567 3.14\t\ttab",
@@ -46,10 +52,12 @@ class Source:
     _bundle: Bundle | None
     scales: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    was_packed: bool = False
-    """The files hold packed weights, not those that `bundle` has."""
-    rounds_activations: bool = False
-    """The artifact rounds the inputs of its layers too; `bundle` does not."""
+    saved: Artifact | None = None
+    """What is known of an artifact."""
+    was_quantized: bool = False
+    """The files say how they are quantized, so they are not what `bundle` has."""
+    is_rounded: bool = False
+    """The weights lie on a grid already."""
 
     @property
     def bundle(self) -> Bundle:
@@ -68,13 +76,35 @@ class Source:
             "source": self.text,
             "source_description": self.description,
             "source_hash": reference.fingerprint(self.reference),
+            "calibration_hash": self._calibration()[0],
         }
+
+    def copy_fingerprint(self, target: Path) -> None:
+        """The fingerprint of the text that the source was calibrated on, to the file `target`, where there is one."""
+        digest, known = self._calibration()
+        if digest is not None and known.is_file():
+            with atomic.writing(target):
+                shutil.copyfile(known, target)
+
+    def _calibration(self) -> tuple[str | None, Path]:
+        """The hash of what an artifact, or an export of one, was calibrated on, and where its fingerprint lies."""
+        path = Path(self.text).expanduser()
+        if self.saved is not None:
+            return self.saved.calibration_hash, path / leakage.FILE
+        record = beside(path, REPORT)
+        is_export = path.is_file() and record.is_file()
+        return read_record(record, Export).calibration_hash if is_export else None, beside(path, leakage.FILE)
+
+
+def beside(path: Path, name: str) -> Path:
+    """Where what belongs to a file lies: `model.gguf.json`."""
+    return path.with_name(f"{path.name}.{name}")
 
 
 def open_source(model: str, options: LoadOptions, progress: Progress) -> Source:
     """A reference or an artifact. Raises InputError for what has no plain weights to export."""
     ref = pipeline.resolve(model, options)
-    description = load.describe(ref)
+    description, saved = load.describe(ref), None
     if ref.kind == "artifact":
         saved = artifact.read_artifact(Path(model))
         at_load = [saved.steps[index].name for index in saved.at_load]
@@ -85,8 +115,27 @@ def open_source(model: str, options: LoadOptions, progress: Progress) -> Source:
             )
         description = f"{saved.reference_description}, optimized by {saved.recipe['name']}"
     plan = LoadPlan(dtype="float32", device="cpu", trust_remote_code=options.trust_remote_code)
-    source = Source(model, ref, description, load.load(ref, plan, progress))
+    source = Source(model, ref, description, load.load(ref, plan, progress), saved=saved)
     _make_plain(source)
+    return source
+
+
+def unrounded(source: Source, options: LoadOptions, progress: Progress) -> Source:
+    """For a builder that rounds by itself: the reference of an artifact whose weights are rounded already.
+
+    It is `source` itself where nothing is rounded, or the reference is not found as it was. The notes say which.
+    """
+    saved = source.saved
+    if not source.is_rounded:
+        return source
+    with suppress(InputError):
+        options = replace(options, revision=saved.revision if saved else None)
+        if saved and reference.fingerprint(pipeline.resolve(saved.reference, options)) == saved.reference_hash:
+            source.close()
+            found = open_source(saved.reference, options, progress)
+            found.notes.append(f"{source.text} is rounded already: this starts from its reference, {saved.reference}, instead")
+            return found
+    source.notes.append("quantized a second time: the source's weights are rounded already, and its reference is not here")
     return source
 
 
@@ -99,24 +148,39 @@ def _make_plain(source: Source) -> None:
     model: Any = source.bundle.model
     if getattr(model, "peft_config", None):
         raise InputError(f"{source.text}: its adapters lie beside its weights", hint="qlora with keep: merged")
-    modules = dict(model.named_modules())
-    packed = [name for name, module in modules.items() if getattr(module, "quantization_scheme", None) is not None]
-    source.was_packed = getattr(model, "hf_quantizer", None) is not None
+    if _drop_cache_scales(model):
+        source.notes.append("the source's scales of keys and values are left out: the format has no place for them")
+    schemes = {name: getattr(module, "quantization_scheme", None) for name, module in model.named_modules()}
+    packed = {name: scheme for name, scheme in schemes.items() if scheme is not None and scheme.weights is not None}
+    source.was_quantized = getattr(model, "hf_quantizer", None) is not None
+    source.is_rounded = bool(packed) or _odd(model) is not None
     if packed:
-        source.scales = {f"{name}.weight": scale for name in packed if (scale := _scale(modules[name])) is not None}
-        inputs = (modules[name].quantization_scheme.input_activations for name in packed)
-        source.rounds_activations = any(arguments is not None for arguments in inputs)
+        scales = {f"{name}.weight": _scale(model.get_submodule(name)) for name in packed}
+        source.scales = {name: scale for name, scale in scales.items() if scale is not None}
         packing.open_packed(model, _plain_layer)
         source.notes.append(f"{len(packed)} layers of the source are packed: they were dequantized first")
-        if source.rounds_activations:
+        if any(scheme.input_activations is not None for scheme in packed.values()):
             source.notes.append("the artifact rounds activations too; the export does not")
-    elif _odd(model):
+    elif source.is_rounded:
         with suppress(AttributeError, ValueError, NotImplementedError), quiet():  # what stays odd is refused below
             model.dequantize()
         source.notes.append("quantized layers of the source were dequantized first")
     if found := _odd(model):
         raise InputError(f"{source.text}: {found} has no plain weight to export", hint="export the reference instead")
-    model.to(torch.float32)
+    for owner, name in ((model, "hf_quantizer"), (model, "_weight_conversions"), (model.config, "quantization_config")):
+        vars(owner).pop(name, None)  # `save` would write the weights the way they were read
+    model.to(torch.float32).requires_grad_(False)
+
+
+def _drop_cache_scales(model: Any) -> bool:
+    """Takes the KV scales out of a model, and leaves its keys and values alone. Returns whether there were any."""
+    from infopt.layers.kv_ranges import leave_cache_alone
+
+    found = leave_cache_alone(model)
+    for module in model.modules() if found else ():
+        for name in ("k_scale", "v_scale"):
+            module._parameters.pop(name, None)
+    return found
 
 
 def _odd(model: Any) -> str | None:
@@ -162,11 +226,3 @@ def probe_texts(tokenizer: Any) -> list[str]:
         turns = [{"role": "user", "content": "Hi! What is 12+34?"}]
         found.append(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     return found
-
-
-def probe_ids(tokenizer: Any) -> torch.Tensor:
-    """[1, tokens] of the bundled evaluation text."""
-    import torch
-
-    ids = tokenizer(texts.read_text("bundled", "evaluation")[:4000], verbose=False)["input_ids"]
-    return torch.tensor([ids[: 4 * pipeline.PROBE_TOKENS]])

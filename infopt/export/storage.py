@@ -43,7 +43,7 @@ class Encoded:
 def check(name: str) -> str:
     """ggml's name of a storage type. Raises InputError."""
     if name not in TYPES:
-        raise InputError(unknown("GGUF type", name, TYPES), hint=f"allowed: {', '.join(TYPES)}")
+        raise InputError(unknown("GGUF type", name, TYPES), hint="infopt export --help lists them")
     return TYPES[name]
 
 

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from infopt import __version__, pipeline
-from infopt.errors import InputError, LoadBackError
+from infopt import __version__, leakage, pipeline
+from infopt.errors import InputError, LoadBackError, first_line
 from infopt.export import compare, gguf_model, gguf_vocabulary, storage
 from infopt.export.gguf_model import Tensor
-from infopt.export.record import Export
-from infopt.export.source import Source, open_source, probe_ids, probe_texts
-from infopt.model import atomic, load, reference
-from infopt.optimize import probe
+from infopt.export.record import Export, LoadBackCheck
+from infopt.export.source import REPORT, TOKENS, Source, beside, open_source, probe_texts
+from infopt.model import atomic, gguf_file, load, reference, save
+from infopt.model.bundle import Bundle
+from infopt.model.quiet import quiet
+from infopt.optimize import probe, probe_ids
 from infopt.protocols import Progress
+from infopt.result import dump
 from infopt.settings import LoadOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    Ids = Mapping[str, Sequence[int]]
 
 #: The same weights through the same modules: what remains is where tensors lie in memory, which picks the kernel.
 TOLERANCE = 1e-4
-READER = "transformers"
+READER = "infopt, over transformers' GGUF reader"
 #: Storage type → the file type that it makes most of the file (`LlamaFileType`).
 FILE_TYPES = {
     "F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0",
@@ -47,7 +55,7 @@ def export(model: str, out: Path, kind: str, options: LoadOptions, progress: Pro
     require_free(out)
     source = open_source(model, options, progress)
     writer = _Writer(source, asked)
-    ids = probe_ids(source.bundle.tokenizer)[:, : writer.context]
+    ids = probe_ids(source.bundle, min(TOKENS, writer.context))
     before = probe(source.bundle, ids)
     with atomic.new_file(out, writer.bytes + _METADATA_BYTES) as path:
         writer.write(path, progress)
@@ -57,12 +65,8 @@ def export(model: str, out: Path, kind: str, options: LoadOptions, progress: Pro
         source.close()
         gc.collect()
         progress("loading back")
-        read = load.load(reference.parse(str(path)))
-        compare.same_tokens(texts, lambda text: compare.encoded(read.tokenizer, [text])[text], READER)
-        if isinstance(template, str) and read.tokenizer.chat_template != template:
-            raise LoadBackError("the export's chat template is not the source's; nothing was written")
-        check = compare.close_enough(expected, probe(read, ids), TOLERANCE, None, READER, len(texts))
-        return Export(
+        checks = (_check(path, expected, ids, texts, template), _check_plain(path, expected, ids, texts))
+        made = Export(
             **source.provenance(),
             to="gguf",
             type=kind,
@@ -70,19 +74,67 @@ def export(model: str, out: Path, kind: str, options: LoadOptions, progress: Pro
             stored={name: tuple(tensors) for name, tensors in writer.stored.items()},
             exact=writer.exact,
             bytes=path.stat().st_size,
-            checks=(check,),
+            checks=checks,
             against_source=compare.against(before, expected, ids),
-            notes=(*source.notes, *writer.notes()),
+            notes=(*source.notes, *writer.notes(), *_remarks(checks[-1])),
             versions=pipeline.versions() | {"gguf": version("gguf")},
         )
+        source.copy_fingerprint(beside(out, leakage.FILE))
+        save.write_text(beside(out, REPORT), dump(made))
+    return made
 
 
 def require_free(out: Path) -> None:
-    """Raises InputError when `out` cannot be a new file."""
-    if out.exists():
-        raise InputError(f"{out}: exists", hint="choose another name with -o, or remove it")
-    if out.suffix != ".gguf":
+    """Raises InputError when `out` cannot be a new file with a report beside it."""
+    for path in (out, beside(out, REPORT)):
+        if path.exists():
+            raise InputError(f"{path}: exists", hint="choose another name with -o, or remove it")
+    if out.suffix.lower() != ".gguf":
         raise InputError(f"{out}: a GGUF file's name ends in .gguf", hint=f"-o {out}.gguf")
+
+
+def _check(path: Path, expected: torch.Tensor, ids: torch.Tensor, texts: Ids, template: object) -> LoadBackCheck:
+    """Raises LoadBackError unless the file is the model, with the tokenizer, that was to be written."""
+    read = load.load(reference.parse(str(path)))
+    compare.same_tokens(texts, lambda text: compare.encoded(read.tokenizer, [text])[text], READER)
+    if isinstance(template, str) and read.tokenizer.chat_template != template:
+        raise LoadBackError("the export's chat template is not the source's; nothing was written")
+    figures, count = compare.figures(expected, probe(read, ids)), len(texts)
+    return compare.require(LoadBackCheck(**figures, reader=READER, tolerance=TOLERANCE, texts=count, texts_tried=count))
+
+
+def _check_plain(path: Path, expected: torch.Tensor, ids: torch.Tensor, texts: Ids) -> LoadBackCheck:
+    """What transformers makes of the file by itself is told, not judged: it leaves out the rotary scaling of some
+    architectures and some ways to split text, whatever the file says."""
+    common: dict[str, Any] = {"reader": f"plain transformers {version('transformers')}", "texts_tried": len(texts)}
+    try:
+        read = _plain(path)
+        figures = compare.figures(expected, probe(read, ids))
+        odd = compare.parting(texts, lambda text: compare.encoded(read.tokenizer, [text])[text])
+    except Exception as error:  # its reader raises whatever it runs into
+        common |= dict.fromkeys(("max_abs_logit_difference", "top1_agreement"))
+        return LoadBackCheck(**common, refusal=first_line(error), tokens=ids.numel(), texts=0)
+    return LoadBackCheck(**common, **figures, texts=len(texts) - len(odd))
+
+
+def _plain(path: Path) -> Bundle:
+    """As users of transformers open a GGUF file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with gguf_file.shared_reader(path), quiet():
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        return Bundle(model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), path.name)
+
+
+def _remarks(plain: LoadBackCheck) -> Iterator[str]:
+    """What a user of another reader should know."""
+    if plain.texts < plain.texts_tried and plain.refusal is None:
+        odd = plain.texts_tried - plain.texts
+        yield f"transformers' own GGUF reader encodes {odd} of {plain.texts_tried} texts differently; the source's tokenizer fits"
+    if plain.max_abs_logit_difference is not None and not plain.max_abs_logit_difference <= TOLERANCE:
+        yield "transformers' own GGUF reader makes another model of it: open it with infopt or llama.cpp"
+    yield "not checked in llama.cpp: make interop does"
 
 
 class _Writer:

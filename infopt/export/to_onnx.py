@@ -15,14 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infopt import pipeline
+from infopt import leakage, pipeline
 from infopt.errors import InfoptError, InputError, LoadBackError, MissingNeedError, unknown
 from infopt.export import compare
-from infopt.export.record import Export
-from infopt.export.source import TRICKY, Source, open_source, probe_ids, probe_texts
+from infopt.export.record import Export, LoadBackCheck
+from infopt.export.source import TOKENS, TRICKY, Source, open_source, probe_texts, unrounded
 from infopt.model import atomic, reference, save
 from infopt.needs import Needs, missing_need
-from infopt.optimize import probe
+from infopt.optimize import probe, probe_ids
 from infopt.protocols import Progress
 from infopt.result import dump
 from infopt.settings import LoadOptions
@@ -53,13 +53,15 @@ def export(model: str, out: Path, kind: str, options: LoadOptions, progress: Pro
     without the `onnx` extra, LoadBackError when onnxruntime-genai does not answer as the source does, DiskFullError.
     """
     if kind not in TOP1_FLOORS:
-        raise InputError(unknown("ONNX type", kind, TOP1_FLOORS), hint=f"allowed: {', '.join(TOP1_FLOORS)}")
+        raise InputError(unknown("ONNX type", kind, TOP1_FLOORS), hint="infopt export --help lists them")
     lacking = missing_need(_NEEDS)
     if lacking:
         raise MissingNeedError(f"--to onnx {lacking.message}", hint="pip install 'infopt[onnx]'")
     save.require_free_target(out)
     source = open_source(model, options, progress)
-    ids = probe_ids(source.bundle.tokenizer)
+    if kind != "fp32":
+        source = unrounded(source, options, progress)
+    ids = probe_ids(source.bundle, TOKENS)
     expected = probe(source.bundle, ids)
     prompts = [source.bundle.tokenizer(text, verbose=False)["input_ids"] for text in PROMPTS]
     answers = [greedy(source.bundle.model, prompt) for prompt in prompts]
@@ -76,19 +78,11 @@ def export(model: str, out: Path, kind: str, options: LoadOptions, progress: Pro
             _build(folder, staging, kind, Path(scratch))
         progress("loading back")
         reader = Reader(staging)
-        odd = compare.parting(texts, reader.encode)
-        compare.same_tokens({text: ids for text, ids in texts.items() if text not in TRICKY}, reader.encode, READER)
-        if odd:  # its tokenizer.json is the source's own
-            source.notes.append(f"{READER}'s own tokenizer encodes {len(odd)} of {len(texts)} unusual texts differently")
         found = reader.logits(ids)
-        same = sum(reader.greedy(prompt) == answer for prompt, answer in zip(prompts, answers, strict=True))
-        check = compare.close_enough(
-            expected, found, TOLERANCE if kind == "fp32" else None, TOP1_FLOORS[kind], READER, len(texts) - len(odd)
-        )
-        if kind == "fp32" and same < len(prompts):
-            raise LoadBackError(
-                f"{READER} answers {len(prompts) - same} of {len(prompts)} prompts in other tokens; nothing was written"
-            )
+        check = _check(reader, kind, compare.figures(expected, found), texts, list(zip(prompts, answers, strict=True)))
+        if check.texts < len(texts):  # its tokenizer.json is the source's own
+            odd = len(texts) - check.texts
+            source.notes.append(f"{READER}'s own tokenizer encodes {odd} of {len(texts)} unusual texts differently")
         made = Export(
             **source.provenance(),
             to="onnx",
@@ -97,13 +91,40 @@ def export(model: str, out: Path, kind: str, options: LoadOptions, progress: Pro
             stored={},
             exact=0,
             bytes=sum(path.stat().st_size for path in staging.iterdir()),
-            checks=(check.model_copy(update={"answers": len(prompts), "same_answers": same}),),
+            checks=(check,),
             against_source=compare.against(expected, found, ids),
             notes=tuple(source.notes),
             versions=pipeline.versions() | {name: version(name) for name in ("onnxruntime-genai", "onnxruntime", "onnx")},
         )
+        source.copy_fingerprint(staging / leakage.FILE)
         save.write_text(staging / REPORT, dump(made))
     return made
+
+
+def _check(
+    reader: Reader, kind: str, figures: dict[str, Any], texts: dict[str, list[int]], answers: list[tuple[list[int], list[int]]]
+) -> LoadBackCheck:
+    """`answers`: prompts with the source's own answers. Raises LoadBackError when onnxruntime-genai answers too differently."""
+    odd = compare.parting(texts, reader.encode)
+    compare.same_tokens({text: ids for text, ids in texts.items() if text not in TRICKY}, reader.encode, READER)
+    same = sum(reader.greedy(prompt) == answer for prompt, answer in answers)
+    check = compare.require(
+        LoadBackCheck(
+            **figures,
+            reader=READER,
+            tolerance=TOLERANCE if kind == "fp32" else None,
+            top1_floor=TOP1_FLOORS[kind],
+            texts=len(texts) - len(odd),
+            texts_tried=len(texts),
+            answers=len(answers),
+            same_answers=same,
+        )
+    )
+    if kind == "fp32" and same < len(answers):
+        raise LoadBackError(
+            f"{READER} answers {len(answers) - same} of {len(answers)} prompts in other tokens; nothing was written"
+        )
+    return check
 
 
 def greedy(model: Any, prompt: list[int]) -> list[int]:
@@ -127,14 +148,9 @@ def greedy(model: Any, prompt: list[int]) -> list[int]:
 def _plain_folder(source: Source, scratch: Path) -> Path:
     """A folder of plain weights, as the builder reads them: the source's own where it has one."""
     own = source.reference
-    if own.kind in ("demo", "tiny", "folder", "hub") and own.adapter is None and not source.was_packed:
+    if own.kind in ("demo", "tiny", "folder", "hub") and own.adapter is None and not source.was_quantized:
         return reference.local_path(own)
-    bundle: Any = source.bundle
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(bundle.model.config, name):
-            delattr(bundle.model.config, name)
-    bundle.model.hf_quantizer = None
-    save.save(bundle, scratch / "plain")
+    save.save(source.bundle, scratch / "plain")
     return scratch / "plain"
 
 

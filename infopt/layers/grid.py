@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -83,7 +85,16 @@ def chosen(shapes: Shapes, ignore: Iterable[str]) -> dict[str, tuple[int, int]]:
 
 
 def check_ignore(shapes: Shapes, ignore: Iterable[str], path: str) -> None:
-    """Refuses a pattern that names nothing, and a head that shares its weight with the embedding. Raises RecipeError."""
+    """Refuses a model without linear layers, a pattern that names nothing, a head that shares its weight with the embedding.
+
+    Raises RecipeError.
+    """
+    if not shapes.linear:
+        raise RecipeError(
+            path,
+            f"{shapes.architecture} has no linear layers that this step can round",
+            hint="nf4 and bnb_int8 also round layers of GPT-2's kind (Conv1D)",
+        )
     patterns = tuple(ignore)
     names = [*shapes.linear, HEAD]
     for index, pattern in enumerate(patterns):
@@ -98,13 +109,26 @@ def check_ignore(shapes: Shapes, ignore: Iterable[str], path: str) -> None:
         )
 
 
-def check_head_ignored(shapes: Shapes, ignore: Iterable[str], path: str) -> None:
-    """Refuses an output head of its own, for methods that go through the decoder blocks one by one. Raises RecipeError."""
-    if shapes.head and not shapes.is_head_tied and not is_ignored(HEAD, ignore):
+def check_inside_blocks(shapes: Shapes, ignore: Iterable[str], path: str) -> None:
+    """Refuses layers outside of the decoder blocks, for methods that go through these one by one. Raises RecipeError.
+
+    The blocks are the list that holds most weights: `model.layers` of `model.layers.0.mlp.up_proj`.
+    """
+
+    def place(name: str) -> str:
+        return re.split(r"\.\d+\.", name, maxsplit=1)[0]
+
+    weights: Counter[str] = Counter()
+    for name, (out, inner) in shapes.linear.items():
+        weights[place(name)] += out * inner
+    blocks, _ = weights.most_common(1)[0]
+    beside = [name for name in chosen(shapes, ignore) if place(name) != blocks]
+    if beside:
+        parts = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in beside))
         raise RecipeError(
             f"{path}.ignore",
-            f"{HEAD} lies beside the decoder blocks, which is all that this step goes through",
-            hint=f"add {HEAD} to ignore",
+            f"{beside[0]} lies beside the decoder blocks, which is all that this step goes through",
+            hint=f"add {parts} to ignore",
         )
 
 
@@ -122,6 +146,17 @@ def predict(
         peak_bytes=max(before.peak_bytes, before.weights_bytes + stored + HELD_BYTES * max(sizes, default=0)),
         seconds=sum(sizes) * traffic / rate if rate else None,
     )
+
+
+def check(rule: Grid, shapes: Shapes, ignore: Iterable[str], path: str) -> None:
+    """Refuses what cannot be rounded to `rule`, or not with these layers left alone. Raises RecipeError."""
+    check_ignore(shapes, ignore, path)
+    layers = chosen(shapes, ignore)
+    if rule.kind in ("mxfp4", "nvfp4"):
+        check_fixed_groups(layers, rule.kind, path)
+    else:
+        check_activations(rule, path)
+        check_groups(layers, rule.group_size, f"{path}.group_size")
 
 
 def check_groups(layers: Mapping[str, tuple[int, int]], group_size: int | None, path: str) -> None:

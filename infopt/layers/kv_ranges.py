@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
-
-from infopt.errors import InputError
 
 
 class Ranges:
@@ -27,20 +26,22 @@ class Ranges:
         return keys, values
 
 
-def attention_of(block: nn.Module) -> str:
-    """The name of a decoder block's attention. Raises InputError where there is not exactly one that caches keys."""
+def attention_of(block: nn.Module) -> str | None:
+    """The name of a decoder block's attention; None where there is not exactly one whose keys can be seen on their way."""
     found: list[str] = [
         name
         for name, module in block.named_modules()
         if "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx") and hasattr(module, "k_proj")
     ]
-    if len(found) != 1:
-        raise InputError(f"{type(block).__name__} has {len(found)} attentions with a k_proj; KV scales need one")
-    return found[0]
+    return found[0] if len(found) == 1 and "past_key_values" in inspect.signature(block.forward).parameters else None
 
 
-def leave_cache_alone(model: nn.Module) -> None:
-    """Stops compressed-tensors from rounding keys and values, which it does in a model that was loaded with KV scales."""
-    for module in model.modules():
-        if type(getattr(module, "kv_cache", None)).__name__ == "QuantizedKVCache":
-            module.quantization_enabled = False  # type: ignore[assignment]
+def leave_cache_alone(model: nn.Module) -> bool:
+    """Stops compressed-tensors from rounding keys and values, which it does in a model that was loaded with KV scales.
+
+    Returns whether it was going to.
+    """
+    found = [m for m in model.modules() if type(getattr(m, "kv_cache", None)).__name__ == "QuantizedKVCache"]
+    for module in found:
+        module.quantization_enabled = False  # type: ignore[assignment]
+    return bool(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,8 +31,9 @@ CUTS = tuple(1 - step / 20 for step in range(11))
 def linears(bundle: Bundle, ignore: Iterable[str]) -> dict[str, nn.Linear]:
     """The layers to quantize, by dotted name.
 
-    Raises InputError for a model that is quantized already, and for a mixture of experts: transformers loads packed
-    layers only where the experts, which are no `nn.Linear`, are packed too.
+    Raises InputError for a model that is quantized already, for one all of whose layers are of a class of their own, which
+    transformers may not load packed, and for a mixture of experts: it loads packed layers only where the experts, which are
+    no `nn.Linear`, are packed too.
     """
     if bundle.save_config and not bundle.packed:
         raise InputError("the model's KV scales are recorded already", hint="move kv_cache to the end of the recipe")
@@ -39,8 +41,16 @@ def linears(bundle: Bundle, ignore: Iterable[str]) -> dict[str, nn.Linear]:
         raise InputError("the model's weights are quantized already", hint="keep one quantizing step in the recipe")
     if any(".experts." in name for name, _ in bundle.model.named_parameters()):
         raise InputError("a mixture of experts cannot be packed: its experts are not linear layers", hint="the bf16 recipe")
-    modules = dict(bundle.model.named_modules())
-    return {name: module for name, module in modules.items() if type(module) is nn.Linear and not is_ignored(name, ignore)}
+    patterns = tuple(ignore)
+    modules = ((name, module) for name, module in bundle.model.named_modules() if isinstance(module, nn.Linear))
+    wanted = {name: module for name, module in modules if not is_ignored(name, patterns)}
+    found = {name: module for name, module in wanted.items() if type(module) is nn.Linear}
+    if wanted and not found:
+        kinds = ", ".join(sorted({type(module).__name__ for module in wanted.values()}))
+        raise InputError(
+            f"{type(bundle.model).__name__} has no linear layers that can be packed: {kinds}", hint="the bf16 recipe"
+        )
+    return found
 
 
 def left_alone(model: nn.Module, packed: Mapping[str, Any]) -> list[str]:
@@ -144,9 +154,8 @@ def fit_cut(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, dtype: t
     best = torch.ones(groups.shape[:2], device=weight.device)
     least = torch.full_like(best, math.inf)
     for cut in CUTS:
-        scale, zero, overall = fit(weight, grid, dtype, cut)
-        each = Scales(scale[..., None], None if zero is None else zero[..., None], overall)
-        cost = nearest(groups, each, grid).sub_(groups).square_().mul_(importance).sum(-1)
+        error = rounded(weight, fit(weight, grid, dtype, cut), grid).view_as(groups).sub_(groups)
+        cost = error.square_().mul_(importance).sum(-1)
         best, least = torch.where(cost < least, cut, best), torch.minimum(cost, least)
     return fit(weight, grid, dtype, best)
 
@@ -164,6 +173,13 @@ def nearest(weight: torch.Tensor, scales: Scales, grid: Grid) -> torch.Tensor:
     if scales.zero is None:
         return weight.div(scales.scale).round_().clamp_(low, high).mul_(scales.scale)
     return weight.div(scales.scale).add_(scales.zero).round_().clamp_(low, high).sub_(scales.zero).mul_(scales.scale)
+
+
+def rounded(weight: torch.Tensor, scales: Scales, grid: Grid) -> torch.Tensor:
+    """`weight` float32 [out, in] at the nearest of the points that `scales` ([out, groups]) span, float32."""
+    scale, zero, overall = scales
+    each = Scales(scale[..., None], None if zero is None else zero[..., None], overall)
+    return nearest(weight.view(*scale.shape, -1), each, grid).view_as(weight)
 
 
 def spread(scales: Scales, grid: Grid, inner: int) -> Scales:
@@ -215,17 +231,29 @@ def pack(weight: torch.Tensor, grid: Grid, overall: torch.Tensor | None = None) 
     return store(weight, fit(weight, grid, overall=overall), grid)
 
 
-def activate(model: nn.Module, names: Iterable[str], grid: Grid, input_scales: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Lets the linear layers `names` round their inputs as `grid.activations` says; they keep their weights.
+def finish(bundle: Bundle, packed: dict[str, dict[str, torch.Tensor]], grids: Mapping[str, Grid] | Grid) -> Bundle:
+    """The bundle whose layers were rounded in place, with what is stored of them: `packed`, by layer.
 
-    `input_scales`: nvfp4's calibrated float32 scale of each layer's input, [1].
+    They round their inputs from now on, where their grid says so. `grids`: one for all, or each layer's, of weights alone.
+    """
+    described = config(grids, left_alone(bundle.model, packed))
+    if isinstance(grids, Grid):
+        activate(bundle.model, packed, grids)
+    return replace(bundle, packed=packed, save_config=described)
+
+
+def activate(model: nn.Module, packed: Mapping[str, Mapping[str, torch.Tensor]], grid: Grid) -> None:
+    """Lets the linear layers `packed` round their inputs as `grid.activations` says; they keep their weights.
+
+    Of what is stored of a layer, nvfp4's calibrated float32 scale of its input, [1], takes part.
     """
     if grid.activations == "none":
         return
-    for name in names:
+    for name, tensors in packed.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        overall = input_scales[name].to(linear.weight.device) if input_scales else None
+        scale = tensors.get("input_global_scale")
+        overall = None if scale is None else scale.to(linear.weight.device)
         model.set_submodule(name, ActivationLinear(linear, grid.kind, overall))
 
 

@@ -11,6 +11,15 @@ BESIDE = 0.6
 #: The upper half of a Hessian, in blocks, over all of it.
 HALF = 0.6
 
+#: Seconds until a process in an environment of its own has imported its libraries and opened a model; measured.
+START_S = 5.0
+
+
+def elsewhere(step: Prediction, before: Prediction) -> Prediction:
+    """`step` done by another process, which opens the model too."""
+    seconds = None if step.seconds is None else step.seconds + START_S
+    return replace(step, peak_bytes=step.peak_bytes + before.weights_bytes, seconds=seconds)
+
 
 def add(
     step: Prediction,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,10 +27,7 @@ def round_layers(bundle: Bundle, ignore: Iterable[str], grid: Grid, step: str, p
     for done, (name, layer) in enumerate(layers.items(), 1):
         progress(f"{step} {done}/{len(layers)} {name}")
         packed[name], layer.weight.data = packing.pack(layer.weight, grid, overall.get(name))
-    if not packed:
-        return bundle
-    packing.activate(bundle.model, packed, grid)
-    return replace(bundle, packed=packed, save_config=packing.config(grid, packing.left_alone(bundle.model, packed)))
+    return packing.finish(bundle, packed, grid) if packed else bundle
 
 
 def shared_scales(layers: Mapping[str, nn.Linear]) -> dict[str, torch.Tensor]:

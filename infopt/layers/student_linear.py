@@ -53,10 +53,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, weight: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
-        scale, zero, _ = packing.fit(weight, grid, dtype)
-        each = packing.Scales(scale.view(-1, 1), None if zero is None else zero.view(-1, 1))
-        groups = weight.view(len(each.scale), -1)  # a group a row: no scale is copied to each of its weights
-        return packing.nearest(groups, each, grid).view_as(weight).to(dtype)
+        return packing.rounded(weight, packing.fit(weight, grid, dtype), grid).to(dtype)
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:

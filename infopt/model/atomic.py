@@ -7,11 +7,12 @@ import glob
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infopt.errors import DiskFullError, InfoptError
+from infopt.errors import DiskFullError, InfoptError, InputError
 from infopt.units import size
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -61,6 +62,44 @@ def new_file(target: Path, needed_bytes: int | None = None) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def sole(lock: Path, target: Path) -> Iterator[None]:
+    """For one process at a time, by the file `lock`, which names it and may be removed inside the block.
+
+    Raises InputError where another process makes `target` already.
+    """
+    with lock.open("a+", encoding="ascii") as stream:
+        try:
+            is_ours = flock(stream.fileno()) and os.path.samestat(os.fstat(stream.fileno()), lock.stat())
+        except FileNotFoundError:  # the other one has ended, and removed it, in between
+            is_ours = False
+        if not is_ours:
+            stream.seek(0)
+            raise InputError(
+                f"{target}: process {stream.read() or '?'} is writing it", hint="wait for that one, or choose another name"
+            )
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
+
+
+def flock(descriptor: int, *, shared: bool = False) -> bool:
+    """Takes the lock, which ends with the file's closing; False where another process holds it. `shared`: with any others."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def publish(folder: Path, target: Path) -> None:
     """Renames `folder` to `target` once all of it is on the disk. `target` must not exist, or be an empty folder."""
     with writing(target):
@@ -94,7 +133,7 @@ def _full(target: Path, needed_bytes: int | None) -> DiskFullError:
     needed = "" if needed_bytes is None else f"{size(needed_bytes)} needed, "
     return DiskFullError(
         f"{target}: no space left: {needed}{size(free_bytes(target))} free",
-        hint="free some space or choose a folder on another disk; nothing half-written was left behind",
+        hint="free some space or choose a folder on another disk",
     )
 
 

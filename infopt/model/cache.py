@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infopt.errors import InfoptError
-from infopt.model.atomic import new_folder
+from infopt.errors import InfoptError, InputError
+from infopt.model.atomic import flock, new_folder
 from infopt.result import write_atomic
+
+_WAIT_S = 0.1
 
 
 def cache_dir() -> Path:
@@ -72,8 +73,11 @@ def file_hash(path: Path) -> str:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Held by one process at a time, for making `folder`; the others wait. Raises InfoptError."""
+def lock(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """For making or removing `folder` by one process at a time, or, `shared`, for using it by several; the others wait.
+
+    Raises InfoptError, and, without `wait`, InputError where others use it.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         stream = folder.with_name(f".{folder.name}.lock").open("w")
@@ -82,21 +86,8 @@ def lock(folder: Path) -> Iterator[None]:
             f"{folder.parent}: the cache cannot be written: {error.strerror}", hint="set INFOPT_CACHE to a folder you may write"
         ) from error
     with stream:
-        _hold(stream.fileno())
+        while not flock(stream.fileno(), shared=shared):
+            if not wait:
+                raise InputError(f"{folder}: in use by another process", hint="wait until it has ended")
+            time.sleep(_WAIT_S)
         yield
-
-
-def _hold(descriptor: int) -> None:
-    """Waits for the exclusive lock, which ends with the file's closing."""
-    if sys.platform != "win32":
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return
-    import msvcrt
-
-    while True:
-        try:
-            return msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:  # held by another process
-            time.sleep(0.1)

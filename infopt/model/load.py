@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infopt.errors import InfoptError, InputError, MissingNeedError, first_line
-from infopt.model import checkpoint, compressed, demo, gguf_config, gguf_file, gguf_tokenizer
+from infopt.model import checkpoint, compressed, demo, gguf_config, gguf_file, gguf_tokenizer, packed_shapes
 from infopt.model.bundle import Bundle
 from infopt.model.plan import LoadPlan
 from infopt.model.quiet import quiet
@@ -130,12 +130,27 @@ def _check_complete(info: dict[str, Any], where: Path) -> None:
         raise InputError(f"{where}: {info['error_msgs'][0]}", hint="copy or download the model again")
 
 
+def _check_quantized(model: PreTrainedModel) -> None:
+    """Raises InputError when the library that was to quantize the model as it loads has found nothing that it knows."""
+    import torch
+
+    if all(type(found) is torch.nn.Parameter and type(found.data) is torch.Tensor for found in model.parameters()):
+        raise InputError(
+            f"{type(model).__name__} has no layers that this step can round: it came out as it was",
+            hint="the bf16 recipe",
+        )
+
+
 def _read_folder(path: Path, reference: ModelReference, plan: LoadPlan) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     shared = _shared(reference.trust_remote_code or plan.trust_remote_code)
     checkpoint.check_weights(path)
-    stored = None if plan.is_plain else checkpoint.read_config(path).get("quantization_config")
+    config = checkpoint.read_config(path)
+    packed_shapes.check_packing(path, config)
+    stored = None if plan.is_plain else config.get("quantization_config")
     with compressed.room_for_packed_zero_points() if compressed.has_packed_zero_points(stored) else nullcontext():
         model = _from_pretrained(path, plan, use_safetensors=True, **shared)
+    if plan.quantization_config is not None:
+        _check_quantized(model)
     if compressed.gap(stored, str(model.dtype).removeprefix("torch.")):
         compressed.keep_dtype(model)
     return model, _folder_tokenizer(path, shared), describe(reference)

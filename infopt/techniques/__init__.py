@@ -9,6 +9,7 @@ import importlib
 from pathlib import Path
 
 from infopt.errors import RecipeError, unknown
+from infopt.recipe import Recipe
 from infopt.techniques.base import Technique
 
 
@@ -24,3 +25,17 @@ def find(name: str, path: str = "steps") -> type[Technique]:
     module = importlib.import_module(f"{__name__}.{name}")
     technique: type[Technique] = module.TECHNIQUE
     return technique
+
+
+def check_order(chosen: Recipe) -> None:
+    """Raises RecipeError for a step that would change weights after they are packed, or their KV scales recorded."""
+    last: Technique | None = None
+    for index, step in enumerate(chosen.steps):
+        place = chosen.place(index)
+        technique = find(step.name, place)(step.options)
+        if last is not None and not technique.at_load and (last.is_record or not technique.is_record):
+            before = "whose KV scales would not fit then" if last.is_record else "after which the weights are packed"
+            hint = "move kv_cache to the end" if last.is_record else "keep one quantizing step in the recipe"
+            raise RecipeError(place, f"follows {chosen.steps[index - 1].name}, {before}", hint=hint)
+        if technique.packs or technique.is_record:
+            last = technique

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -11,13 +10,11 @@ from infopt.backends.environments import AUTOROUND
 from infopt.layers import grid, passes
 from infopt.layers.grid import Grid, ScaleDType
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import Modules, Needs, Options, Technique
+from infopt.techniques.base import GridTechnique, Modules, Needs, Options
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
 
-#: Seconds until it has imported its libraries and opened a model; measured.
-START_S = 5.0
 #: A training step in forward passes: the pass, its gradients, and the rounding that both go through; measured.
 STEP_PASSES = 4.0
 
@@ -32,7 +29,7 @@ class AutoRoundOptions(Options):
     ignore: Modules = ("lm_head",)
 
 
-class AutoRound(Technique):
+class AutoRound(GridTechnique):
     """Learns a rounding offset in [−½, ½] for every weight, and a shrinking of every group's range, block by block.
 
     Cheng et al., SignRound, arXiv 2309.05516: v ← v − lr·sign(∂‖block(x) − block̂(x)‖²/∂v), the best step kept. Run by
@@ -50,7 +47,6 @@ class AutoRound(Technique):
 
     Options = AutoRoundOptions
     needs = Needs(modules=("compressed_tensors",), calibration=True, environment=AUTOROUND)
-    neutral: ClassVar = {"ignore": ["*"]}
     options: AutoRoundOptions
 
     @property
@@ -59,8 +55,8 @@ class AutoRound(Technique):
         return Grid(o.bits, o.group_size, o.scale_dtype, o.symmetric)
 
     def check(self, shapes: Shapes, path: str) -> None:
-        grid.check_ignore(shapes, self.options.ignore, path)
-        grid.check_groups(grid.chosen(shapes, self.options.ignore), self.options.group_size, f"{path}.group_size")
+        super().check(shapes, path)
+        grid.check_inside_blocks(shapes, self.options.ignore, path)
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from safetensors.torch import load_file
@@ -88,21 +84,10 @@ class AutoRound(Technique):
             q = rounded.pop(f"{name}.q").float()
             weight = (q if each.zero is None else q - each.zero) * each.scale
             packed[name], layer.weight.data = packing.store(weight, scales, self._grid, layer.weight.dtype)
-        return replace(bundle, packed=packed, save_config=packing.config(self._grid, packing.left_alone(bundle.model, packed)))
-
-    def reopen(self, bundle: Bundle) -> Bundle:
-        from infopt.layers import packing
-
-        packing.open_packed(bundle.model)
-        return bundle
+        return packing.finish(bundle, packed, self._grid)
 
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
-        rounding = grid.predict(self._grid, grid.chosen(shapes, self.options.ignore), shapes, before, machine)
-        there = replace(
-            rounding,
-            peak_bytes=rounding.peak_bytes + before.weights_bytes,
-            seconds=None if rounding.seconds is None else rounding.seconds + START_S,
-        )
+        there = passes.elsewhere(super().predict(shapes, before, machine), before)
         steps = self.options.iters * self.options.batch_size / max(self.calibration_samples, 1)  # in rounds of all windows
         rounds = 2 + STEP_PASSES * steps
         return passes.add(there, before, shapes, self.calibration_tokens, machine, passes=rounds, hessians=False)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from infopt.layers import grid, passes
 from infopt.layers.grid import Grid, ScaleDType
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import Modules, Needs, Options, Technique
+from infopt.techniques.base import GridTechnique, Modules, Needs, Options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from infopt.calibrate.smoothing import Fold
     from infopt.model.bundle import Bundle
 
-#: Shares of a group's range that clipping tries, and what a mean |x| counts as at least (the paper's code).
+#: Shares of a group's range that clipping tries, and the mean |x| up to which a channel is silent (the paper's code).
 CUTS = tuple(1 - step / 20 for step in range(10))
 SILENT = 1e-4
 
@@ -36,7 +36,7 @@ class AwqOptions(Options):
     ignore: Modules = ("lm_head",)
 
 
-class Awq(Technique):
+class Awq(GridTechnique):
     """Scales weights that meet large activations up before rounding, and the activations down, so that rounding costs less.
 
     Lin et al., AWQ, arXiv 2306.00978. Q(W·diag(s))·(diag(s)⁻¹·x) rounds what is read from channel j about s_j times finer,
@@ -59,7 +59,7 @@ class Awq(Technique):
 
     Options = AwqOptions
     needs = Needs(modules=("compressed_tensors",), calibration=True)
-    neutral: ClassVar = {"ignore": ["*"]}
+    walks = True
     options: AwqOptions
 
     @property
@@ -67,19 +67,13 @@ class Awq(Technique):
         o = self.options
         return Grid(o.bits, o.group_size, o.scale_dtype, o.symmetric)
 
-    def check(self, shapes: Shapes, path: str) -> None:
-        grid.check_ignore(shapes, self.options.ignore, path)
-        grid.check_head_ignored(shapes, self.options.ignore, path)
-        grid.check_groups(grid.chosen(shapes, self.options.ignore), self.options.group_size, f"{path}.group_size")
-
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.calibrate import blocks
         from infopt.layers import packing
 
         if not packing.linears(bundle, self.options.ignore):
             return bundle
-        packed = blocks.walk(bundle, context, self.options.ignore, self._round_block)
-        return replace(bundle, packed=packed, save_config=packing.config(self._grid, packing.left_alone(bundle.model, packed)))
+        return packing.finish(bundle, blocks.walk(bundle, context, self.options.ignore, self._round_block), self._grid)
 
     def _round_block(self, block: Block) -> None:
         import torch
@@ -118,12 +112,6 @@ class Awq(Technique):
             return 1.0
         return refined(best_cut(weight, hessian, self._grid), weight, hessian, self._grid)
 
-    def reopen(self, bundle: Bundle) -> Bundle:
-        from infopt.layers import packing
-
-        packing.open_packed(bundle.model)
-        return bundle
-
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
         layers, rate, points = grid.chosen(shapes, self.options.ignore), machine.read_bytes_per_s, self.options.points
         step = grid.predict(self._grid, layers, shapes, before, machine)
@@ -142,14 +130,16 @@ def best_scale(
     AWQ, equations 4 and 5. `weight` [out, in] of all layers that read the input; `hessian` 2·E[x·xᵀ], so that the cost
     E‖(Q(W·s)/s − W)·x‖² is half of tr(Δ·H·Δᵀ). α = 0 scales nothing.
     """
-    size = fold.tied(mean.clamp(min=SILENT))
+    import torch
+
+    size = fold.tied(torch.where(mean > SILENT, mean, 1.0))  # a tiny s would blow up what makes a silent channel
     best, least = size**0, float("inf")
     for point in range(points):
         scale = size ** (point / points)
         scale = scale / (scale.max() * scale.min()).sqrt()
         scaled = weight * scale
         shrink = best_cut(scaled, hessian, rule, CUTS[::2], scale) if clip else 1.0
-        found = cost(rounded(scaled, rule, shrink).div_(scale) - weight, hessian)
+        found = cost(to_nearest(scaled, rule, shrink).div_(scale) - weight, hessian)
         if found < least:
             best, least = scale, found
     return best
@@ -174,7 +164,7 @@ def best_cut(
     best = torch.ones(len(weight), groups, device=weight.device)
     least = torch.full_like(best, float("inf"))
     for cut in cuts:
-        error = ((rounded(weight, rule, cut) - weight) / scale).view(len(weight), groups, size).transpose(0, 1)
+        error = to_nearest(weight, rule, cut).sub_(weight).div_(scale).view(len(weight), groups, size).transpose(0, 1)
         found = torch.bmm(error, own).mul_(error).sum(-1).T
         best, least = torch.where(found < least, cut, best), torch.minimum(found, least)
     return best
@@ -185,28 +175,27 @@ def refined(shrink: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor, r
     import torch
 
     size = rule.group_size or weight.shape[1]
-    shrink, rows = shrink.clone(), torch.arange(len(weight), device=weight.device)
-    error = rounded(weight, rule, shrink) - weight
+    shrink, error = shrink.clone(), to_nearest(weight, rule, shrink).sub_(weight)
     for group in range(shrink.shape[1]):
         part = slice(group * size, (group + 1) * size)
         error[:, part] = 0
-        others = 2 * error @ hessian[:, part]
-        own = weight[:, part]
-        tried = torch.stack([rounded(own, rule, cut) - own for cut in CUTS])  # [cuts, out, size]
-        best = (tried @ hessian[part, part]).add_(others).mul_(tried).sum(-1).argmin(0)
-        error[:, part] = tried[best, rows]
-        shrink[:, group] = torch.tensor(CUTS, device=weight.device)[best]
+        others = (error @ hessian[:, part]).mul_(2)
+        own, least = weight[:, part].contiguous(), torch.full_like(shrink[:, group], float("inf"))
+        for cut in CUTS:
+            tried = to_nearest(own, rule, cut).sub_(own)
+            found = (tried @ hessian[part, part]).add_(others).mul_(tried).sum(-1)
+            better = found < least
+            error[:, part] = torch.where(better[:, None], tried, error[:, part])
+            shrink[:, group] = torch.where(better, cut, shrink[:, group])
+            least = torch.minimum(found, least)
     return shrink
 
 
-def rounded(weight: torch.Tensor, rule: Grid, shrink: torch.Tensor | float = 1.0) -> torch.Tensor:
+def to_nearest(weight: torch.Tensor, rule: Grid, shrink: torch.Tensor | float = 1.0) -> torch.Tensor:
     """`weight` float32 [out, in] at the nearest points of a grid whose ranges are `shrink` of the weight's."""
     from infopt.layers import packing
 
-    scale, zero, overall = packing.fit(weight, rule, shrink=shrink)
-    groups = weight.view(*scale.shape, -1)  # [out, groups, size]
-    scales = packing.Scales(scale[..., None], None if zero is None else zero[..., None], overall)
-    return packing.nearest(groups, scales, rule).view_as(weight)
+    return packing.rounded(weight, packing.fit(weight, rule, shrink=shrink), rule)
 
 
 def cost(error: torch.Tensor, hessian: torch.Tensor) -> float:

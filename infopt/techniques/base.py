@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from infopt.layers import grid
+from infopt.layers.grid import Grid
 from infopt.needs import Needs
 from infopt.protocols import Context, Machine, Prediction, Shapes
 
-__all__ = ["Modules", "Needs", "Options", "Technique"]
+__all__ = ["GridTechnique", "Modules", "Needs", "Options", "Technique"]
 
 Modules = Annotated[tuple[str, ...], Field(strict=False)]
 """Names of modules, as globs over dotted names or as last parts; a list in YAML."""
@@ -49,10 +51,16 @@ class Technique:
     is_record: ClassVar[bool] = False
     """True when the model answers as before: what the step writes is for other engines."""
 
+    packs: bool = False
+    """True when its weights are packed afterwards, so that no later step can change them. An instance may set its own."""
+
+    walks: bool = False
+    """True when it brings one decoder block at a time to the device, wherever the model lies. An instance may set its own."""
+
     def __init__(self, options: Any) -> None:
         self.options = options
-        #: The recipe's `cache.dtype`, for `check`.
-        self.cache_dtype = "auto"
+        #: The recipe's `cache.dtype` and the device asked for, for `check`.
+        self.cache_dtype = self.device = "auto"
         #: Tokens of the recipe's calibration text, for `predict`.
         self.calibration_tokens = 0
         #: How many windows these are.
@@ -78,4 +86,33 @@ class Technique:
 
     def reopen(self, bundle: Bundle) -> Bundle:
         """After an artifact of this technique was loaded the plain way: swap in the layers that run it faster."""
+        return bundle
+
+
+class GridTechnique(Technique):
+    """Base of techniques that round linear layers to one grid and store them as compressed-tensors.
+
+    Subclasses say which and override `apply`; their options have `ignore`.
+    """
+
+    needs = Needs(modules=("compressed_tensors",))
+    packs = True
+    neutral: ClassVar = {"ignore": ["*"]}
+
+    @property
+    def _grid(self) -> Grid:
+        raise NotImplementedError
+
+    def check(self, shapes: Shapes, path: str) -> None:
+        grid.check(self._grid, shapes, self.options.ignore, path)
+        if self.walks:
+            grid.check_inside_blocks(shapes, self.options.ignore, path)
+
+    def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
+        return grid.predict(self._grid, grid.chosen(shapes, self.options.ignore), shapes, before, machine)
+
+    def reopen(self, bundle: Bundle) -> Bundle:
+        from infopt.layers import packing
+
+        packing.open_packed(bundle.model)
         return bundle

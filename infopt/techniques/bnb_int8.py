@@ -34,11 +34,11 @@ class BnbInt8(Technique):
 
     Options = BnbInt8Options
     needs = Needs(modules=("bitsandbytes", "accelerate"))
+    packs = True
     arithmetic = "int8"
     options: BnbInt8Options
 
     def plan(self, plan: LoadPlan) -> LoadPlan:
-
         import transformers
 
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a cast at every product

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from infopt.layers import grid
 from infopt.layers.grid import Grid, ScaleDType
-from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import Modules, Needs, Options, Technique
+from infopt.protocols import Context
+from infopt.techniques.base import GridTechnique, Modules, Options
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
@@ -19,7 +18,7 @@ class Fp8Options(Options):
     ignore: Modules = ("lm_head",)
 
 
-class Fp8(Technique):
+class Fp8(GridTechnique):
     """Rounds weights, and what enters each layer, to 8-bit floating point (E4M3); no data, seconds to run.
 
     Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433. Weights have one scale per output row;
@@ -36,30 +35,16 @@ class Fp8(Technique):
     """
 
     Options = Fp8Options
-    needs = Needs(modules=("compressed_tensors",))
-    neutral: ClassVar = {"ignore": ["*"]}
     options: Fp8Options
 
     @property
     def _grid(self) -> Grid:
         return Grid(8, None, self.options.scale_dtype, kind="fp8", activations=self.options.activations)
 
-    def check(self, shapes: Shapes, path: str) -> None:
-        grid.check_ignore(shapes, self.options.ignore, path)
-
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.layers import rounding
 
         return rounding.round_layers(bundle, self.options.ignore, self._grid, "fp8", context.progress)
-
-    def reopen(self, bundle: Bundle) -> Bundle:
-        from infopt.layers import packing
-
-        packing.open_packed(bundle.model)
-        return bundle
-
-    def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
-        return grid.predict(self._grid, grid.chosen(shapes, self.options.ignore), shapes, before, machine)
 
 
 TECHNIQUE = Fp8

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from infopt.errors import InputError
-from infopt.layers import grid, passes
+from infopt.layers import passes
 from infopt.layers.grid import Grid, ScaleDType
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import Modules, Needs, Options, Technique
+from infopt.techniques.base import GridTechnique, Modules, Needs, Options
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +37,7 @@ class GptqOptions(Options):
     ignore: Modules = ("lm_head",)
 
 
-class Gptq(Technique):
+class Gptq(GridTechnique):
     """Rounds a layer's weights column by column and moves each column's error into the columns that are still to come.
 
     Frantar et al., GPTQ, arXiv 2210.17323. With H = 2·E[x·xᵀ] over calibration tokens and H⁻¹ = Uᵀ·U (Cholesky, upper),
@@ -49,7 +48,8 @@ class Gptq(Technique):
     group_size       input features that share a scale, ≥ 8, default 64; must divide every layer's inputs. null: per row.
     symmetric        true (default): q·scale. false: (q − zero)·scale, closer at 3 bits and below.
     activations      none (default), or token: inputs are rounded to int8 too while the model runs, one scale per token (W8A8).
-                     Needs bits: 8 and group_size: null; put smoothquant before it.
+                     Needs bits: 8 and group_size: null; put smoothquant before it. Weights are fitted to inputs that are
+                     not rounded yet, and do not make up for what that rounding costs.
     act_order        round columns in the order of falling H diagonal, so that what matters most has most columns left to
                      make up for it; groups keep their places and their scales are fixed beforehand ("static groups"), so
                      nothing is stored or run differently. Default true. false: a group's scales are fitted when its
@@ -65,7 +65,6 @@ class Gptq(Technique):
 
     Options = GptqOptions
     needs = Needs(modules=("compressed_tensors",), calibration=True)
-    neutral: ClassVar = {"ignore": ["*"]}
     walks = True
     options: GptqOptions
 
@@ -74,21 +73,12 @@ class Gptq(Technique):
         o = self.options
         return Grid(o.bits, o.group_size, o.scale_dtype, o.symmetric, activations=o.activations)
 
-    def check(self, shapes: Shapes, path: str) -> None:
-        grid.check_ignore(shapes, self.options.ignore, path)
-        grid.check_head_ignored(shapes, self.options.ignore, path)
-        grid.check_activations(self._grid, path)
-        grid.check_groups(grid.chosen(shapes, self.options.ignore), self.options.group_size, f"{path}.group_size")
-
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.layers import packing
 
         if not packing.linears(bundle, self.options.ignore):
             return bundle
-        packed = self.round_blocks(bundle, context, lambda name: self._grid)
-        config = packing.config(self._grid, packing.left_alone(bundle.model, packed))
-        packing.activate(bundle.model, packed, self._grid)
-        return replace(bundle, packed=packed, save_config=config)
+        return packing.finish(bundle, self.round_blocks(bundle, context, lambda name: self._grid), self._grid)
 
     def round_blocks(
         self, bundle: Bundle, context: Context, grid_of: Callable[[str], Grid]
@@ -115,34 +105,39 @@ class Gptq(Technique):
         o, layers = self.options, [block.linears[name] for name in names]
         dtype = layers[0].weight.dtype
         weight = torch.cat([layer.weight.float() for layer in layers])
-        rounded, scales = round_columns(weight, hessian, rule, dtype, o.act_order, o.damping, o.clip)
+        rounded, scales = round_columns(weight, hessian, rule, dtype, o.act_order, o.damping, o.clip, names[0])
         end = 0
         for name, layer in zip(names, layers, strict=True):
             rows = slice(end, end := end + layer.out_features)
             block.pack(name, *packing.store(rounded[rows], scales.rows(rows), rule, dtype))
 
-    def reopen(self, bundle: Bundle) -> Bundle:
-        from infopt.layers import packing
-
-        packing.open_packed(bundle.model)
-        return bundle
-
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
-        rounding = grid.predict(self._grid, grid.chosen(shapes, self.options.ignore), shapes, before, machine)
+        rounding = super().predict(shapes, before, machine)
         return passes.add(rounding, before, shapes, self.calibration_tokens, machine)
 
 
 def round_columns(
-    weight: torch.Tensor, hessian: torch.Tensor, rule: Grid, dtype: torch.dtype, act_order: bool, damping: float, clip: bool
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    rule: Grid,
+    dtype: torch.dtype,
+    act_order: bool,
+    damping: float,
+    clip: bool,
+    name: str = "the layer",
 ) -> tuple[torch.Tensor, Scales]:
     """GPTQ, algorithm 1: `weight` float32 [out, in] and `hessian` float32 [in, in] (both consumed) → rounded weight, scales.
 
-    `dtype`: the model's, to which scales are rounded. Raises InputError for a Hessian that no factor can be found of.
+    `dtype`: the model's, to which scales are rounded. Raises InputError, with the layer's `name`, for a Hessian that no
+    factor can be found of.
     """
     import torch
 
     from infopt.layers import packing
 
+    if not hessian.isfinite().all():
+        hint = "engine: {dtype: bfloat16}, or float32" if dtype == torch.float16 else "the model itself may be damaged"
+        raise InputError(f"the inputs of {name} are not all finite", hint=hint)
     inner = weight.shape[1]
     size = rule.group_size or inner
     step = max(COLUMNS // size * size, size) if rule.group_size else COLUMNS  # whole groups
@@ -153,7 +148,7 @@ def round_columns(
     importance = hessian.diagonal().clone()
     each = ranges(weight, importance).by_group()
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inner, device=weight.device)
-    upper = inverse_factor(hessian[order][:, order], damping)
+    upper = inverse_factor(hessian[order][:, order], damping, name)
     # Transposed, so that what is rounded at a time lies together: a column of the weight is a row here.
     weight, groups = weight[:, order].T.contiguous(), (order // size).tolist()
     rounded = torch.empty_like(weight)
@@ -171,23 +166,25 @@ def round_columns(
     return rounded[order.argsort()].T.contiguous(), packing.Scales.of_groups(each)
 
 
-def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+def inverse_factor(hessian: torch.Tensor, damping: float, name: str = "the layer") -> torch.Tensor:
     """U, upper triangular, with H⁻¹ = Uᵀ·U, of the damped `hessian` [in, in], which is consumed.
 
-    Raises InputError when it is not positive definite even so.
+    Raises InputError, with the layer's `name`, when it is not positive definite even so.
     """
     import torch
 
     diagonal = hessian.diagonal()
-    # An input that calibration never saw costs nothing; the damping alone must not decide its weight's fate.
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
+    # An input that calibration never saw has no say in the damping of those it saw; whatever is put in its place will do.
+    silent = diagonal == 0
+    mean = diagonal.sum() / (~silent).sum().clamp(min=1)
+    diagonal[silent] = mean if mean > 0 else 1
+    diagonal += damping * mean
     lower, failed = torch.linalg.cholesky_ex(hessian)
     upper: torch.Tensor
     upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if failed or failed_too:
         raise InputError(
-            "the inputs of a layer are too much alike to invert their Hessian", hint="raise damping, or calibrate on more text"
+            f"the inputs of {name} are too much alike to invert their Hessian", hint="raise damping, or calibrate on more text"
         )
     return upper
 

@@ -49,6 +49,7 @@ class Int8(Technique):
 
     Options = Int8Options
     needs = Needs(modules=("compressed_tensors",))
+    packs = True
     neutral: ClassVar = {"ignore": ["*"]}
     options: Int8Options
 

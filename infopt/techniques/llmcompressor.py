@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from infopt.backends.environments import LLMCOMPRESSOR
-from infopt.layers import grid, passes
+from infopt.layers import passes
 from infopt.layers.grid import Grid
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import Modules, Needs, Options, Technique
+from infopt.techniques.base import GridTechnique, Modules, Needs, Options
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
 
 Method = Literal["gptq", "rtn", "w8a8", "smoothquant", "smoothquant_gptq", "fp8", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"]
-INTEGERS = ("gptq", "rtn")
-CALIBRATED = ("gptq", "smoothquant", "smoothquant_gptq", "nvfp4")
+INTEGERS: tuple[Method, ...] = ("gptq", "rtn")
+CALIBRATED: tuple[Method, ...] = ("gptq", "smoothquant", "smoothquant_gptq", "nvfp4")
+#: Options that are not of every method.
+READ_BY: dict[str, tuple[Method, ...]] = {
+    **dict.fromkeys(("bits", "group_size", "symmetric"), INTEGERS),
+    **dict.fromkeys(("act_order", "damping"), ("gptq", "smoothquant_gptq")),
+    "smoothing": ("smoothquant", "smoothquant_gptq"),
+    "batch_size": CALIBRATED,
+}
 #: Method → llm-compressor's name of the format, and the same as a grid, where the method fixes it.
 PRESETS: dict[str, tuple[str, Grid]] = {
     "w8a8": ("W8A8", Grid(8, activations="token")),
@@ -30,8 +37,6 @@ PRESETS: dict[str, tuple[str, Grid]] = {
     "mxfp4": ("MXFP4", Grid(4, 32, kind="mxfp4", activations="group")),
     "mxfp4a16": ("MXFP4A16", Grid(4, 32, kind="mxfp4")),
 }
-#: Seconds until it has imported its libraries and opened a model; measured.
-START_S = 5.0
 
 
 class LlmCompressorOptions(Options):
@@ -45,8 +50,15 @@ class LlmCompressorOptions(Options):
     batch_size: int = Field(default=8, ge=1)
     ignore: Modules = ("lm_head",)
 
+    @model_validator(mode="after")
+    def _are_read(self) -> Self:
+        for option, methods in READ_BY.items():
+            if self.method not in methods and getattr(self, option) != type(self).model_fields[option].default:
+                raise ValueError(f"method {self.method} does not read {option}, which is of {', '.join(methods)}")
+        return self
 
-class LlmCompressor(Technique):
+
+class LlmCompressor(GridTechnique):
     """Quantizes with llm-compressor, the reference implementation that vLLM's users know.
 
     GPTQ (Frantar et al., arXiv 2210.17323), SmoothQuant (Xiao et al., arXiv 2211.10438), and rounding to the formats of
@@ -63,13 +75,12 @@ class LlmCompressor(Technique):
     act_order   GPTQ rounds the columns that matter most first; scales are fixed beforehand. Default true.
     damping     share of the Hessian's mean diagonal that GPTQ adds to it, 0 … 1, default 0.01.
     smoothing   SmoothQuant's alpha, 0 … 1, default 0.8: how much of the activations' range moves into the weights.
-    batch_size  calibration windows that run at once, ≥ 1, default 8.
+    batch_size  calibration windows that run at once, ≥ 1, default 8. An option that the method does not read is refused.
     ignore      modules left alone: globs over dotted names, or last parts such as `q_proj`; default [lm_head].
     """
 
     Options = LlmCompressorOptions
     needs = Needs(modules=("compressed_tensors",), calibration=True, environment=LLMCOMPRESSOR)
-    neutral: ClassVar = {"ignore": ["*"]}
     options: LlmCompressorOptions
 
     def __init__(self, options: Any) -> None:
@@ -80,14 +91,6 @@ class LlmCompressor(Technique):
     def _grid(self) -> Grid:
         o = self.options
         return PRESETS[o.method][1] if o.method in PRESETS else Grid(o.bits, o.group_size, symmetric=o.symmetric)
-
-    def check(self, shapes: Shapes, path: str) -> None:
-        layers = grid.chosen(shapes, self.options.ignore)
-        grid.check_ignore(shapes, self.options.ignore, path)
-        if self._grid.kind in ("mxfp4", "nvfp4"):
-            grid.check_fixed_groups(layers, self._grid.kind, path)
-        else:
-            grid.check_groups(layers, self._grid.group_size, f"{path}.group_size")
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.backends import result, work
@@ -125,19 +128,8 @@ class LlmCompressor(Technique):
             return None
         return {"actorder": "static" if o.act_order else None, "dampening_frac": o.damping}
 
-    def reopen(self, bundle: Bundle) -> Bundle:
-        from infopt.layers import packing
-
-        packing.open_packed(bundle.model)
-        return bundle
-
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
-        rounding = grid.predict(self._grid, grid.chosen(shapes, self.options.ignore), shapes, before, machine)
-        there = replace(
-            rounding,
-            peak_bytes=rounding.peak_bytes + before.weights_bytes,
-            seconds=None if rounding.seconds is None else rounding.seconds + START_S,
-        )
+        there = passes.elsewhere(super().predict(shapes, before, machine), before)
         if not self.needs.calibration:
             return there
         gptq = self.options.method.endswith("gptq")

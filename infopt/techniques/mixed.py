@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,7 @@ from infopt.layers import grid, passes
 from infopt.layers.grid import Grid, ScaleDType
 from infopt.protocols import Context, Machine, Prediction, Shapes
 from infopt.result import write_atomic
-from infopt.techniques.base import Modules, Needs, Options, Technique
+from infopt.techniques.base import GridTechnique, Modules, Needs, Options
 from infopt.techniques.gptq import Gptq, GptqOptions
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ PROBE_TOKENS = 512
 
 
 class MixedOptions(Options):
-    average_bits: float | None = Field(default=4.0, ge=2, le=8)
+    average_bits: float | None = Field(default=None, ge=2, le=8)
     max_kld: float | None = Field(default=None, gt=0)
     widths: Annotated[tuple[Width, ...], Field(strict=False, min_length=2)] = (3, 4, 5, 6)
     method: Literal["rtn", "gptq"] = "gptq"
@@ -41,14 +41,19 @@ class MixedOptions(Options):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        if (self.average_bits is None) == (self.max_kld is None):
-            raise ValueError("give average_bits or max_kld, and set the other to null")
-        if self.average_bits is not None and not min(self.widths) <= self.average_bits <= max(self.widths):
-            raise ValueError(f"average_bits {self.average_bits:g} lies outside widths {min(self.widths)} … {max(self.widths)}")
+        if self.average_bits is not None and self.max_kld is not None:
+            raise ValueError("found average_bits and max_kld; allowed: one of the two")
+        if self.max_kld is None and not min(self.widths) <= self.bits <= max(self.widths):
+            raise ValueError(f"average_bits {self.bits:g} lies outside widths {min(self.widths)} … {max(self.widths)}")
         return self
 
+    @property
+    def bits(self) -> float:
+        """What layers have on average, at most."""
+        return max(self.widths) if self.max_kld is not None else self.average_bits or 4.0
 
-class Mixed(Technique):
+
+class Mixed(GridTechnique):
     """Measures what each layer costs at each width, and spends a budget of bytes, or of KLD, where it buys most.
 
     Layers differ in how much rounding them moves the model's answers (HAWQ, arXiv 1905.03696, by the Hessian's largest
@@ -57,10 +62,12 @@ class Mixed(Technique):
     `sensitivity.json` says what was predicted so and what was then measured, `sensitivity.svg` shows both choices and costs.
     Units are the layers that engines fuse and that read the same input: q, k and v; o; gate and up; down.
 
-    average_bits  the size that every layer at so many bits would have, scales included; default 4.0. null with max_kld.
-    max_kld       nats that the sum of the units' KLD may reach, at least bytes; default None (null). One of the two is given.
+    average_bits  the size that every layer at so many bits would have, scales included; default None (null), which is 4.0
+                  where max_kld is not given.
+    max_kld       nats that the sum of the units' KLD may reach, at least bytes; default None (null). Instead of average_bits.
     widths        bits to choose from, of 2, 3, 4, 5, 6 and 8; default [3, 4, 5, 6]. [4, 8] where vLLM is to run it.
-    method        how layers are rounded in the end: gptq (default), or rtn. Sensitivities are those of rounding to nearest.
+    method        how layers are rounded in the end: gptq (default), or rtn. Sensitivities are those of rounding to nearest,
+                  with ranges cut as gptq cuts them where that is the method.
     group_size    input features that share a scale, ≥ 8, default 64; must divide every layer's inputs. null: per row.
     symmetric     true (default): q·scale. false: (q − zero)·scale.
     scale_dtype   what scales are stored in: auto (the model's dtype, default), float32, bfloat16, float16.
@@ -69,21 +76,25 @@ class Mixed(Technique):
 
     Options = MixedOptions
     needs = Needs(modules=("compressed_tensors",), calibration=True)
-    neutral: ClassVar = {"ignore": ["*"]}
+    walks = True
     options: MixedOptions
 
-    def _grid(self, bits: int) -> Grid:
+    @property
+    def _grid(self) -> Grid:
+        return self._of_width(max(self.options.widths))
+
+    def _of_width(self, bits: int) -> Grid:
         o = self.options
         return Grid(bits, o.group_size, o.scale_dtype, o.symmetric)
 
     def check(self, shapes: Shapes, path: str) -> None:
-        grid.check_ignore(shapes, self.options.ignore, path)
-        grid.check_head_ignored(shapes, self.options.ignore, path)
+        super().check(shapes, path)
         if len(set(self.options.widths)) < len(self.options.widths):
             raise RecipeError(f"{path}.widths", f"found {list(self.options.widths)}, which names a width twice")
-        grid.check_groups(grid.chosen(shapes, self.options.ignore), self.options.group_size, f"{path}.group_size")
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
+        import torch
+
         from infopt.calibrate.sensitivity import Probe, allot, predicted
         from infopt.calibrate.sensitivity_plot import plot
         from infopt.layers import packing
@@ -92,24 +103,19 @@ class Mixed(Technique):
             return bundle
         held_out, rest = self._split(context.calibration_ids)
         context.progress("the model's own answers")
-        probe = Probe.of(bundle, held_out, bundle.device)
+        probe = Probe.of(bundle, held_out, torch.device(context.device))
         units = self._units(probe, context)
         allot(units, self._budget(units), self.options.max_kld or 0.0)
         if self.options.max_kld is not None and predicted(units) > self.options.max_kld:
             raise InputError(
-                f"max_kld {self.options.max_kld:g} is out of reach: {max(self.options.widths)} bits everywhere add up to "
-                f"{predicted(units):.3g}",
+                f"max_kld {self.options.max_kld:g} is out of reach: the best widths add up to {predicted(units):.3g}",
                 hint="a higher max_kld, or wider widths",
             )
-        grids = {layer: self._grid(unit.bits) for unit in units for layer in unit.layers}
+        grids = {layer: self._of_width(unit.bits) for unit in units for layer in unit.layers}
         packed = self._round(bundle, replace(context, calibration_ids=rest), grids)
         found = description(units, probe.kld(), len(held_out) * len(held_out[0]))
-        return replace(
-            bundle,
-            packed=packed,
-            save_config=packing.config(grids, packing.left_alone(bundle.model, packed)),
-            files={**bundle.files, "sensitivity.json": json.dumps(found, indent=1) + "\n", "sensitivity.svg": plot(found)},
-        )
+        files = {**bundle.files, "sensitivity.json": json.dumps(found, indent=1) + "\n", "sensitivity.svg": plot(found)}
+        return replace(packing.finish(bundle, packed, grids), files=files)
 
     def _split(self, samples: tuple[tuple[int, ...], ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Windows to measure on, a quarter at most, and windows for the method."""
@@ -119,49 +125,66 @@ class Mixed(Technique):
                 hint="calibration: {samples: 128, tokens: 256}",
             )
         count = max(1, min(PROBE_TOKENS // len(samples[0]), len(samples) // 4))
-        return samples[:count], samples[count:]
+        return tuple(sample[:PROBE_TOKENS] for sample in samples[:count]), samples[count:]
 
     def _units(self, probe: Probe, context: Context) -> list[Unit]:
         """Every unit measured at every width; read again where an interrupted run had come so far."""
         from infopt.calibrate.sensitivity import Unit
 
         kept = context.unfinished / "sensitivity.json" if context.unfinished else None
+        found: list[list[Unit]] = []
         if kept and kept.is_file():
-            return [
-                Unit(**{**unit, "layers": tuple(unit["layers"])}) for unit in json.loads(kept.read_text(), object_hook=_widths)
-            ]
-        units = []
-        for index in range(len(probe.blocks)):
+            read = json.loads(kept.read_text(), object_hook=_widths)
+            found = [[Unit(**{**unit, "layers": tuple(unit["layers"])}) for unit in block] for block in read]
+        for index in range(len(found), len(probe.blocks)):
             context.progress(f"sensitivity {index + 1}/{len(probe.blocks)}")
-            block = probe.block(index, self.options.ignore)
-            units += [self._measured(probe, index, {name: block.linears[name] for name in stage}) for stage in block.stages]
-        if kept:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(kept, json.dumps([asdict(unit) for unit in units]))
-        return units
+            with probe.block(index, self.options.ignore) as block:
+                seen: dict[str, torch.Tensor] = {}
+                block.observe([stage[0] for stage in block.stages], lambda name, x, to=seen: to.update({name: x}))  # type: ignore[misc]
+                found.append(
+                    [
+                        self._measured(probe, index, {name: block.linears[name] for name in stage}, seen[stage[0]])
+                        for stage in block.stages
+                    ]
+                )
+            if kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(kept, json.dumps([[asdict(unit) for unit in units] for units in found]))
+        return [unit for units in found for unit in units]
 
-    def _measured(self, probe: Probe, index: int, layers: dict[str, nn.Linear]) -> Unit:
+    def _measured(self, probe: Probe, index: int, layers: dict[str, nn.Linear], x: torch.Tensor) -> Unit:
+        """A unit at every width; `x` [tokens, in] are its inputs."""
         from infopt.calibrate.sensitivity import Unit, measure
-        from infopt.layers import packing
 
-        unit = Unit(tuple(layers), {}, {})
+        unit, importance = Unit(tuple(layers), {}, {}), x.float().square().mean(0)
         for width in sorted(self.options.widths):
-            rule = self._grid(width)
-            unit.kld[width] = measure(probe, index, {layer: packing.pack(layer.weight, rule)[1] for layer in layers.values()})
+            rule = self._of_width(width)
+            unit.kld[width] = measure(
+                probe, index, {layer: self._rounded(layer.weight, rule, importance) for layer in layers.values()}
+            )
             unit.bytes[width] = sum(
                 rule.stored_bytes((layer.out_features, layer.in_features), layer.weight.element_size())
                 for layer in layers.values()
             )
         return unit
 
+    def _rounded(self, weight: torch.Tensor, rule: Grid, importance: torch.Tensor) -> torch.Tensor:
+        """To nearest, with the ranges that the method will use."""
+        from infopt.layers import packing
+
+        w, dtype = weight.detach().float(), weight.dtype
+        cut = self.options.method == "gptq"
+        scales = packing.fit_cut(w, importance, rule, dtype) if cut else packing.fit(w, rule, dtype)
+        return packing.rounded(w, scales, rule).to(dtype)
+
     def _budget(self, units: list[Unit]) -> float:
         """Bytes of all units at `average_bits`, between those of the whole numbers of bits around it."""
-        if self.options.average_bits is None:
+        if self.options.max_kld is not None:
             return math.inf
-        widths = sorted(self.options.widths)
-        wide = next(w for w in widths if w >= self.options.average_bits)
-        narrow = max((w for w in widths if w <= self.options.average_bits), default=wide)
-        share = (self.options.average_bits - narrow) / (wide - narrow) if wide > narrow else 0.0
+        widths, bits = sorted(self.options.widths), self.options.bits
+        wide = next(w for w in widths if w >= bits)
+        narrow = max(w for w in widths if w <= bits)
+        share = (bits - narrow) / (wide - narrow) if wide > narrow else 0.0
         return sum(unit.bytes[narrow] * (1 - share) + unit.bytes[wide] * share for unit in units)
 
     def _round(self, bundle: Bundle, context: Context, grids: dict[str, Grid]) -> dict[str, dict[str, torch.Tensor]]:
@@ -176,16 +199,12 @@ class Mixed(Technique):
             packed[name], layer.weight.data = packing.pack(layer.weight, rule)  # type: ignore[arg-type]
         return packed
 
-    def reopen(self, bundle: Bundle) -> Bundle:
-        from infopt.layers import packing
-
-        packing.open_packed(bundle.model)
-        return bundle
-
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
         layers = grid.chosen(shapes, self.options.ignore)
-        bits = self.options.average_bits or max(self.options.widths)
-        narrow, wide = (grid.predict(self._grid(b), layers, shapes, before, machine) for b in (math.floor(bits), math.ceil(bits)))
+        bits = self.options.bits
+        narrow, wide = (
+            grid.predict(self._of_width(b), layers, shapes, before, machine) for b in (math.floor(bits), math.ceil(bits))
+        )
         share = bits - math.floor(bits)
         stored = round(narrow.weights_bytes * (1 - share) + wide.weights_bytes * share)
         # On average half of the blocks lie behind the one that was rounded; there are four units in each.

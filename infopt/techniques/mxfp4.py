@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from infopt.layers import grid
 from infopt.layers.grid import Grid
-from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import Modules, Needs, Options, Technique
+from infopt.protocols import Context
+from infopt.techniques.base import GridTechnique, Modules, Options
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
@@ -18,7 +17,7 @@ class Mxfp4Options(Options):
     ignore: Modules = ("lm_head",)
 
 
-class Mxfp4(Technique):
+class Mxfp4(GridTechnique):
     """Rounds weights to E2M1 numbers (0, ½, 1, 1½, 2, 3, 4, 6) times a power of two per 32 inputs; no data.
 
     Rouhani et al., Microscaling Data Formats for Deep Learning, arXiv 2310.10537: 4.25 bits per weight. A scale that can
@@ -34,31 +33,16 @@ class Mxfp4(Technique):
     """
 
     Options = Mxfp4Options
-    needs = Needs(modules=("compressed_tensors",))
-    neutral: ClassVar = {"ignore": ["*"]}
     options: Mxfp4Options
 
     @property
     def _grid(self) -> Grid:
         return Grid(4, 32, kind="mxfp4", activations=self.options.activations)
 
-    def check(self, shapes: Shapes, path: str) -> None:
-        grid.check_ignore(shapes, self.options.ignore, path)
-        grid.check_fixed_groups(grid.chosen(shapes, self.options.ignore), "mxfp4", path)
-
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.layers import rounding
 
         return rounding.round_layers(bundle, self.options.ignore, self._grid, "mxfp4", context.progress)
-
-    def reopen(self, bundle: Bundle) -> Bundle:
-        from infopt.layers import packing
-
-        packing.open_packed(bundle.model)
-        return bundle
-
-    def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
-        return grid.predict(self._grid, grid.chosen(shapes, self.options.ignore), shapes, before, machine)
 
 
 TECHNIQUE = Mxfp4

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+from infopt.errors import RecipeError
 from infopt.layers import grid
 from infopt.model.plan import LoadPlan
 from infopt.protocols import Machine, Prediction, Shapes
@@ -14,6 +15,8 @@ from infopt.techniques.base import Needs, Options, Technique
 
 #: Fixed by transformers: weights per scale, and scales per second-level scale.
 BLOCK, NESTED_BLOCK = 64, 256
+#: Outputs that bitsandbytes' CPU kernel works on at a time.
+KERNEL_ROWS = 32
 #: Bytes stored per layer beside weights and scales: the 16 levels, a description, and double_quant's 256 levels.
 LAYER_BYTES, NESTED_LAYER_BYTES = 160, 1100
 
@@ -38,11 +41,16 @@ class Nf4(Technique):
 
     Options = Nf4Options
     needs = Needs(modules=("bitsandbytes", "accelerate"))
+    packs = True
     options: Nf4Options
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
         self.arithmetic = self.options.compute_dtype
+
+    def check(self, shapes: Shapes, path: str) -> None:
+        if self.device == "cpu":
+            check_cpu_kernel(shapes.linear, path)
 
     def plan(self, plan: LoadPlan) -> LoadPlan:
         import transformers
@@ -61,6 +69,26 @@ class Nf4(Technique):
         """Each layer is quantized as it is read."""
         stored = stored_bytes(shapes.linear.values(), shapes, before, self.options.double_quant)
         return grid.predict_load(shapes, stored, before, machine)
+
+
+def check_cpu_kernel(layers: Mapping[str, tuple[int, int]], path: str) -> None:
+    """Refuses layers that bitsandbytes cannot repack for a CPU with bf16 instructions, as it does when they first run.
+
+    Raises RecipeError.
+    """
+    odd = next((name for name, (out, inner) in layers.items() if out % KERNEL_ROWS or inner % BLOCK), None)
+    if odd is None:
+        return
+    from bitsandbytes import functional
+
+    library: Any = functional  # untyped
+    if library.has_avx512bf16():
+        raise RecipeError(
+            path,
+            f"bitsandbytes' kernel for this CPU takes multiples of {KERNEL_ROWS} outputs and {BLOCK} inputs; {odd} has "
+            f"{layers[odd][0]} and {layers[odd][1]}",
+            hint="rtn with bits: 4, or --device cuda where there is one",
+        )
 
 
 def stored_bytes(layers: Collection[tuple[int, int]], shapes: Shapes, before: Prediction, double_quant: bool) -> int:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from infopt.layers import grid, passes
+from infopt.layers import passes
 from infopt.layers.grid import Grid
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import Modules, Needs, Options, Technique
+from infopt.techniques.base import GridTechnique, Modules, Needs, Options
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +21,7 @@ class Nvfp4Options(Options):
     ignore: Modules = ("lm_head",)
 
 
-class Nvfp4(Technique):
+class Nvfp4(GridTechnique):
     """Rounds weights to E2M1 numbers (0, ½, 1, 1½, 2, 3, 4, 6) times an E4M3 scale per 16 inputs and one float32 scale.
 
     NVIDIA, Pretraining Large Language Models with NVFP4, arXiv 2509.25149, appendix B: 4.5 bits per weight. It is for
@@ -39,21 +38,16 @@ class Nvfp4(Technique):
     """
 
     Options = Nvfp4Options
-    needs = Needs(modules=("compressed_tensors",))
-    neutral: ClassVar = {"ignore": ["*"]}
     options: Nvfp4Options
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
         self.needs = Needs(modules=("compressed_tensors",), calibration=self.options.activations == "group")
+        self.walks = self.needs.calibration
 
     @property
     def _grid(self) -> Grid:
         return Grid(4, 16, kind="nvfp4", activations=self.options.activations)
-
-    def check(self, shapes: Shapes, path: str) -> None:
-        grid.check_ignore(shapes, self.options.ignore, path)
-        grid.check_fixed_groups(grid.chosen(shapes, self.options.ignore), "nvfp4", path)
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.layers import packing, rounding
@@ -64,9 +58,7 @@ class Nvfp4(Technique):
             return bundle
         from infopt.calibrate import blocks
 
-        packed = blocks.walk(bundle, context, self.options.ignore, self._round_block)
-        packing.activate(bundle.model, packed, self._grid, {name: found["input_global_scale"] for name, found in packed.items()})
-        return replace(bundle, packed=packed, save_config=packing.config(self._grid, packing.left_alone(bundle.model, packed)))
+        return packing.finish(bundle, blocks.walk(bundle, context, self.options.ignore, self._round_block), self._grid)
 
     def _round_block(self, block: Block) -> None:
         """The inputs' largest magnitude sets a layer's float32 input scale, as its largest weight sets that of the weights."""
@@ -83,14 +75,8 @@ class Nvfp4(Technique):
             tensors, dense = packing.pack(block.linears[name].weight, self._grid, overall)
             block.pack(name, {**tensors, "input_global_scale": small_floats.global_scale(largest[name]).cpu()}, dense)
 
-    def reopen(self, bundle: Bundle) -> Bundle:
-        from infopt.layers import packing
-
-        packing.open_packed(bundle.model)
-        return bundle
-
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
-        rounding = grid.predict(self._grid, grid.chosen(shapes, self.options.ignore), shapes, before, machine)
+        rounding = super().predict(shapes, before, machine)
         if self.options.activations == "none":
             return rounding
         return passes.add(rounding, before, shapes, self.calibration_tokens, machine, hessians=False)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from infopt.layers import grid, passes
 from infopt.layers.grid import Grid, ScaleDType
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import Modules, Needs, Options, Technique
+from infopt.techniques.base import GridTechnique, Modules, Needs, Options
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
@@ -33,7 +33,7 @@ class QatOptions(Options):
     ignore: Modules = ("lm_head",)
 
 
-class Qat(Technique):
+class Qat(GridTechnique):
     """Trains the weights with rounding in the forward pass, to say what the unquantized model says.
 
     Jacob et al., arXiv 1712.05877, section 3: every pass rounds the weights to the grid, the gradient goes through the
@@ -54,17 +54,12 @@ class Qat(Technique):
 
     Options = QatOptions
     needs = Needs(modules=("compressed_tensors",), calibration=True)
-    neutral: ClassVar = {"ignore": ["*"]}
     options: QatOptions
 
     @property
     def _grid(self) -> Grid:
         o = self.options
         return Grid(o.bits, o.group_size, o.scale_dtype, o.symmetric)
-
-    def check(self, shapes: Shapes, path: str) -> None:
-        grid.check_ignore(shapes, self.options.ignore, path)
-        grid.check_groups(grid.chosen(shapes, self.options.ignore), self.options.group_size, f"{path}.group_size")
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.calibrate.distillation import Schedule, distill
@@ -89,13 +84,7 @@ class Qat(Technique):
             master, dtype = student.weight.detach(), student.original.dtype
             packed[name], dense = packing.store(master, packing.fit(master, rule, dtype), rule, dtype)
             bundle.model.set_submodule(name, student.plain(dense))
-        return replace(bundle, packed=packed, save_config=packing.config(rule, packing.left_alone(bundle.model, packed)))
-
-    def reopen(self, bundle: Bundle) -> Bundle:
-        from infopt.layers import packing
-
-        packing.open_packed(bundle.model)
-        return bundle
+        return packing.finish(bundle, packed, rule)
 
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
         layers = grid.chosen(shapes, self.options.ignore)

@@ -15,7 +15,7 @@ from infopt.errors import RecipeError
 from infopt.layers import grid, passes
 from infopt.protocols import Context, Machine, Prediction, Shapes
 from infopt.techniques.base import Modules, Needs, Options, Technique
-from infopt.techniques.nf4 import stored_bytes
+from infopt.techniques.nf4 import check_cpu_kernel, stored_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -73,11 +73,15 @@ class Qlora(Technique):
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
-        self.arithmetic = self.options.compute_dtype if self.options.keep == "beside" else None
+        self.packs = self.options.keep == "beside"
+        self.arithmetic = self.options.compute_dtype if self.packs else None
 
     def check(self, shapes: Shapes, path: str) -> None:
         grid.check_ignore(shapes, self.options.ignore, path)
-        smallest = min((min(shape) for shape in grid.chosen(shapes, self.options.ignore).values()), default=self.options.rank)
+        layers = grid.chosen(shapes, self.options.ignore)
+        if self.device == "cpu" and self.packs:
+            check_cpu_kernel(layers, path)
+        smallest = min((min(shape) for shape in layers.values()), default=self.options.rank)
         if self.options.rank > smallest:
             raise RecipeError(f"{path}.rank", f"found {self.options.rank}; allowed: 1 … {smallest}, the smallest layer's side")
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from infopt.layers import grid
 from infopt.layers.grid import Grid, ScaleDType
-from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import Modules, Needs, Options, Technique
+from infopt.protocols import Context
+from infopt.techniques.base import GridTechnique, Modules, Options
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
@@ -24,7 +23,7 @@ class RtnOptions(Options):
     ignore: Modules = ("lm_head",)
 
 
-class Rtn(Technique):
+class Rtn(GridTechnique):
     """Rounds each weight to the nearest point of an integer grid; no data, seconds to run.
 
     One scale per group of input features maps the group's range to the integers (Jacob et al., arXiv 1712.05877; with
@@ -49,8 +48,6 @@ class Rtn(Technique):
     """
 
     Options = RtnOptions
-    needs = Needs(modules=("compressed_tensors",))
-    neutral: ClassVar = {"ignore": ["*"]}
     options: RtnOptions
 
     @property
@@ -58,24 +55,10 @@ class Rtn(Technique):
         o = self.options
         return Grid(o.bits, o.group_size, o.scale_dtype, o.symmetric, activations=o.activations)
 
-    def check(self, shapes: Shapes, path: str) -> None:
-        grid.check_ignore(shapes, self.options.ignore, path)
-        grid.check_activations(self._grid, path)
-        grid.check_groups(grid.chosen(shapes, self.options.ignore), self.options.group_size, f"{path}.group_size")
-
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.layers import rounding
 
         return rounding.round_layers(bundle, self.options.ignore, self._grid, "rtn", context.progress)
-
-    def reopen(self, bundle: Bundle) -> Bundle:
-        from infopt.layers import packing
-
-        packing.open_packed(bundle.model)
-        return bundle
-
-    def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
-        return grid.predict(self._grid, grid.chosen(shapes, self.options.ignore), shapes, before, machine)
 
 
 TECHNIQUE = Rtn

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from infopt.calibrate.blocks import Block
     from infopt.model.bundle import Bundle
 
-#: What a largest magnitude counts as at least, so that silent channels and dead columns get a finite scale.
+#: A channel whose largest magnitude is no more is silent; what a weight column's counts as at least.
 SILENT = 1e-5
 #: Strengths that `auto` tries, and about how many calibration tokens of each input it tries them on.
 STRENGTHS = tuple(step / 20 for step in range(4, 21))
@@ -49,11 +49,12 @@ class Smoothquant(Technique):
     Options = SmoothquantOptions
     needs = Needs(modules=("compressed_tensors",), calibration=True)
     neutral: ClassVar = {"ignore": ["*"]}
+    walks = True
     options: SmoothquantOptions
 
     def check(self, shapes: Shapes, path: str) -> None:
         grid.check_ignore(shapes, self.options.ignore, path)
-        grid.check_head_ignored(shapes, self.options.ignore, path)
+        grid.check_inside_blocks(shapes, self.options.ignore, path)
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.calibrate import blocks
@@ -97,8 +98,14 @@ class Smoothquant(Technique):
 
 
 def scale(largest: torch.Tensor, weight: torch.Tensor, strength: float) -> torch.Tensor:
-    """s_j = max|x_j|^α / max|w_j|^(1−α) (SmoothQuant, equation 4). `largest` max|x| [in], `weight` [out, in] → [in]."""
-    return largest.clamp(min=SILENT) ** strength / weight.abs().amax(0).clamp(min=SILENT) ** (1 - strength)
+    """s_j = max|x_j|^α / max|w_j|^(1−α) (SmoothQuant, equation 4). `largest` max|x| [in], `weight` [out, in] → [in].
+
+    1 for a silent channel: a tiny s would make the norm's weight for it overflow half precision.
+    """
+    import torch
+
+    found = largest**strength / weight.abs().amax(0).clamp(min=SILENT) ** (1 - strength)
+    return torch.where(largest > SILENT, found, 1.0)
 
 
 def cheapest(weight: torch.Tensor, x: torch.Tensor, scales: list[torch.Tensor]) -> torch.Tensor:

@@ -36,6 +36,7 @@ class Torchao(Technique):
 
     Options = TorchaoOptions
     needs = Needs(modules=("torchao",))
+    packs = True
     options: TorchaoOptions
 
     def plan(self, plan: LoadPlan) -> LoadPlan:

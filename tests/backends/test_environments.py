@@ -15,6 +15,7 @@ from infopt.backends import child, environments, install, work
 from infopt.backends.environments import STAMP, Environment
 from infopt.cli import app
 from infopt.errors import DiskFullError, InfoptError, InputError
+from infopt.model import cache
 from infopt.model.cache import cache_dir
 from infopt.needs import Needs, missing_need
 
@@ -87,6 +88,34 @@ def test_a_lock_that_pip_cannot_satisfy_is_told_with_its_words(lock: Path, wheel
     assert "nothing==2.0" in log.read_text(encoding="utf-8")
     assert not OWN.folder.exists()
     assert not OWN.is_installed()
+
+
+def test_where_cpu_builds_come_from_is_told(lock: Path, wheels: Path) -> None:
+    lock.write_text("nothing==1.0+cpu\n", encoding="utf-8")
+    with pytest.raises(InfoptError, match=r"nothing==1\.0\+cpu") as caught:
+        install.install(OWN)
+    assert str(caught.value.hint).startswith("an index of CPU builds, which PIP_EXTRA_INDEX_URL can name, has it; the whole")
+
+
+def test_what_the_user_set_for_python_and_pip_changes_nothing(
+    lock: Path, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "elsewhere"))
+    for name, value in (("PYTHONSAFEPATH", "1"), ("PYTHONPATH", str(tmp_path)), ("PYTHONSTARTUP", "x")):
+        monkeypatch.setenv(name, value)
+    install.install(OWN)
+    assert OWN.is_installed()
+    assert not (tmp_path / "elsewhere").exists()
+    assert [name for name in child.plain_environment() if name.startswith("PYTHON")] == ["PYTHONNOUSERSITE"]
+
+
+def test_an_environment_in_use_is_not_removed(lock: Path, filled: None) -> None:
+    install.install(OWN)
+    with cache.lock(OWN.folder, shared=True), cache.lock(OWN.folder, shared=True):  # two jobs
+        with pytest.raises(InputError, match="in use by another process"):
+            install.remove(OWN)
+        assert OWN.is_installed()
+    assert install.remove(OWN)
 
 
 def test_what_does_not_import_is_not_installed(lock: Path, wheels: Path) -> None:
@@ -191,9 +220,9 @@ def test_a_missing_environment_is_told_with_the_line_that_makes_it() -> None:
         "needs the environment llmcompressor, which is not installed", hint="infopt env install llmcompressor"
     )
     shown = CliRunner().invoke(app, ["recipes", "check", "llmcompressor_gptq"])
-    assert shown.exit_code == 2
-    assert "steps[0].llmcompressor: needs the environment llmcompressor" in shown.stderr
-    assert "hint: infopt env install llmcompressor" in shown.stderr
+    assert shown.exit_code == 0
+    assert "note: llmcompressor_gptq: steps[0].llmcompressor: needs the environment llmcompressor" in shown.stdout
+    assert shown.stdout.endswith("which is not installed: infopt env install llmcompressor\n")
 
 
 # --- The command -------------------------------------------------------------------------------------------------------
@@ -225,6 +254,8 @@ def test_the_command_installs_lists_and_removes(registered: None) -> None:
 
 
 def test_the_command_asks_and_takes_silence_for_a_no(registered: None) -> None:
+    assert "own: not installed" in (said := invoke("rm", "own", code=2))
+    assert "Remove" not in said
     assert "own: not installed" in invoke("install", "own", code=2)
     assert "own: not installed" in invoke("install", "own", code=2, answer="n\n")
     invoke("install", "own", answer="y\n")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from stub_techniques import CALIBRATION
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from infopt.calibrate import blocks
+from infopt.calibrate import blocks, calls
 from infopt.calibrate.blocks import Block
 from infopt.calibrate.hessian import Hessian
 from infopt.errors import InputError
@@ -30,7 +31,7 @@ def opened(kind: str = "tiny") -> Bundle:
 def block_inputs(bundle: Bundle) -> list[torch.Tensor]:
     """What each block really gets when the model runs on all of the calibration text, [samples, tokens, hidden]."""
     seen: list[torch.Tensor] = []
-    _, found = blocks.decoder_blocks(bundle.model)
+    _, found = calls.decoder_blocks(bundle.model)
     hooks = [b.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone())) for b in found]
     with torch.no_grad():
         bundle.model(input_ids=torch.tensor(CALIBRATION), use_cache=False)
@@ -106,7 +107,7 @@ def test_layers_in_turn_see_inputs_from_those_already_changed(monkeypatch: pytes
 def test_batches_are_cut_to_memory_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole: list[torch.Tensor] = []
     blocks.walk(opened(), CONTEXT, IGNORE, lambda block: whole.append(torch.cat(block.inputs)))
-    monkeypatch.setitem(blocks.BATCH_BYTES, "cpu", 64 * 500 * 4 * 3)
+    monkeypatch.setitem(calls.BATCH_BYTES, "cpu", 64 * 500 * 4 * 3)
     cut: list[int] = []
     parts: list[torch.Tensor] = []
 
@@ -118,6 +119,59 @@ def test_batches_are_cut_to_memory_and_change_nothing(monkeypatch: pytest.Monkey
     assert cut[0] > 1
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+class Spare(LlamaMLP):
+    """A feed-forward with a layer that it does not run, or runs through its weight alone."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.spare = nn.Linear(config.hidden_size, config.hidden_size)
+
+
+class Twice(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast("torch.Tensor", super().forward(x) + super().forward(-2 * x))
+
+
+def with_feed_forward(kind: type[LlamaMLP]) -> Bundle:
+    bundle = opened()
+    for layer in bundle.model.model.layers:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            layer.mlp = kind(bundle.model.config).requires_grad_(False)
+    return bundle
+
+
+def test_a_layer_that_never_runs_is_refused_by_name_and_changes_nothing() -> None:
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.spare never runs") as caught:
+        blocks.walk(with_feed_forward(Spare), CONTEXT, IGNORE, lambda block: [*block.stages] and None)
+    assert caught.value.hint == "ignore: [lm_head, spare]"
+    bundle, seen = with_feed_forward(Spare), []
+
+    def work(block: Block) -> None:
+        with pytest.raises(InputError):
+            block.observe(block.linears, lambda name, x: None)
+        seen.append(torch.cat(block.inputs))
+
+    expected = block_inputs(bundle)
+    blocks.walk(bundle, CONTEXT, IGNORE, work)
+    for ours, theirs in zip(seen, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_run_twice_are_not_answered_for_by_their_first_output() -> None:
+    def work(block: Block) -> None:
+        for stage in block.stages:
+            block.observe(stage[:1], lambda name, x: None)
+            for name in stage:
+                block.pack(name, {}, block.linears[name].weight * 0.5)
+        seen.append(torch.cat(block.inputs))
+
+    bundle, seen = with_feed_forward(Twice), list[torch.Tensor]()
+    blocks.walk(bundle, CONTEXT, IGNORE, work)
+    for ours, theirs in zip(seen, block_inputs(bundle), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_the_model_runs_as_before_afterwards() -> None:
@@ -133,7 +187,7 @@ def test_no_text_and_no_blocks_are_told() -> None:
     with pytest.raises(InputError, match="needs text"):
         blocks.walk(opened(), Context(), IGNORE, lambda block: None)
     with pytest.raises(InputError, match="Linear has no list of decoder blocks"):
-        blocks.decoder_blocks(nn.Linear(2, 2))
+        calls.decoder_blocks(nn.Linear(2, 2))
 
 
 def halve(block: Block) -> None:
@@ -163,6 +217,8 @@ def test_an_interrupted_walk_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         except KeyboardInterrupt:
             continue
     assert worked == [0, 1, 2], "no block is done twice"
+    left = {path.name for path in context.unfinished.iterdir()}  # type: ignore[union-attr]
+    assert left == {f"model.layers.{index}.safetensors" for index in range(3)}, "no inputs that nobody will read"
     assert packed.keys() == expected.keys()
     assert all(torch.equal(packed[name]["weight_packed"], parts["weight_packed"]) for name, parts in expected.items())
     for (name, ours), theirs in zip(bundle.model.named_parameters(), whole.model.parameters(), strict=True):

@@ -110,12 +110,12 @@ def test_recipes_are_listed_shown_and_checked() -> None:
     assert run("recipes", "check", "int8", "--set", "steps.0.int8.activations=none").stdout == "int8: ok\n"
 
 
-def test_a_recipe_whose_need_is_absent_is_refused_with_the_doctors_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_need_that_is_absent_is_noted_in_the_doctors_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    result = run("recipes", "check", "quanto_int4", code=Exit.USAGE)
-    assert result.stderr.startswith("error: quanto_int4: steps[0].quanto: needs a C++ compiler")
-    assert "hint: " in result.stderr
+    ok, note = run("recipes", "check", "quanto_int4").stdout.splitlines()
+    assert ok == "quanto_int4: ok"
+    assert note.startswith("note: quanto_int4: steps[0].quanto: needs a C++ compiler, and none is on the PATH: e.g. apt-get")
     assert run("recipes", "check", "quanto_int8").stdout == "quanto_int8: ok\n"
     lines = run("doctor").stdout.splitlines()
     (line,) = [line for line in lines if "recipe quanto_int4" in line]

@@ -85,7 +85,7 @@ def test_flags_of_the_other_mode_of_compare_are_refused() -> None:
     for name in ("a", "b"):
         Path(name).mkdir()
         Path(name, "run.json").write_text("{}", encoding="utf-8")
-    for flag in (("--pairs", "3"), ("--gate",), ("--slo", "ttft_s=1"), ("--seed", "1"), ("--no-quality",)):
+    for flag in (("--pairs", "3"), ("--gate",), ("--slo", "ttft_s=1"), ("--seed", "1"), ("--no-quality",), ("--allow-leakage",)):
         refused("has no effect on stored results", "compare", "a", "b", *flag)
 
 
@@ -103,6 +103,17 @@ def test_a_dry_run_refuses_what_the_run_would() -> None:
     Path("taken", "file").write_text("", encoding="utf-8")
     for flags in ((), ("--dry-run",)):
         refused("taken: exists and is not empty", "optimize", "tiny", "-r", "int8", "-o", "taken", "--device", "cpu", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--resume",), "--resume has no effect beside --dry-run"),
+        (("-q", "-v"), "--verbose has no effect beside --quiet"),
+    ],
+)
+def test_a_dry_run_ignores_no_flag(flags: tuple[str, ...], message: str) -> None:
+    refused(message, "optimize", "tiny", "-r", "int8", "-o", "out", "--device", "cpu", "--dry-run", *flags)
 
 
 @pytest.mark.parametrize(("command", "has_hint"), [("bench", True), ("optimize", False)])

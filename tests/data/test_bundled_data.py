@@ -45,7 +45,7 @@ def test_notice_names_source_and_permissive_licence(name: str) -> None:
 
 def test_calibration_and_evaluation_share_no_passage() -> None:
     calibration, evaluation = read_text("bundled", "calibration"), read_text("bundled", "evaluation")
-    own, other = (Words.of([Piece(0, 0, text)], 1) for text in (calibration, evaluation))
+    own, other = (Words.of([Piece(0, 0, text)]) for text in (calibration, evaluation))
     assert shares(own, Fingerprint.whole(other)) == []
     headwords = [{entry.split("\n")[0] for entry in text.split("\n\n")} for text in (calibration, evaluation)]
     assert not headwords[0] & headwords[1]

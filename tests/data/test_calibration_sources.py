@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from infopt.data import calibration
 from infopt.data.calibration import Source, parse_hub, read, windows
-from infopt.data.overlap import Piece, Words, shares
+from infopt.data.overlap import Fingerprint, Piece, Words, shares
 from infopt.data.texts import content_hash, read_text
 from infopt.errors import InputError, MissingNeedError
 from infopt.recipe import Calibration
@@ -39,7 +39,7 @@ def texts_of(source: Source) -> list[str]:
 
 
 def test_bundled_and_plain_text_are_one_document(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
-    bundled = read(section("bundled"))
+    bundled = read(Calibration())
     assert texts_of(bundled) == [read_text("bundled", "calibration")]
     assert bundled.hash == content_hash(read_text("bundled", "calibration"))
     source = read(section(write(tmp_path / "a.txt", "x" * 200)))
@@ -93,15 +93,35 @@ def test_the_fingerprint_holds_what_chats_say(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"messages": [
         {"role": "system", "content": " ".join(f"s{word}" for word in words)},
         {"role": "user", "content": " ".join(words[:20])}, {"role": "assistant", "content": " ".join(words[20:])}]})  # fmt: skip
-    known = read(section(path)).fingerprint()
+    known = Fingerprint.whole(read(section(path)).words())
 
     def leaks(text: str) -> bool:
-        return bool(shares(Words.of([Piece(0, 0, text)], 1), known))
+        return bool(shares(Words.of([Piece(0, 0, text)]), known))
 
     assert leaks(" ".join(words[3:17]))
     assert leaks(" ".join(words[21:36]))
-    assert not leaks(" ".join(words[10:25])), "from one message to the next"
+    assert leaks(" ".join(words[10:25])), "from the question to its answer"
     assert not leaks(" ".join(f"s{word}" for word in words)), "a system message is no content"
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson"])
+def test_rows_are_read_from_files_of_other_names(tmp_path: Path, name: str) -> None:
+    assert texts_of(read(section(write(tmp_path / name, {"text": "one"})))) == ["one"]
+
+
+def test_a_long_text_is_drawn_from_all_over_it(tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = "".join(f"{number:7d}." for number in range(10_000))
+    path = write(tmp_path / "a.txt", whole)
+    source = read(section(path, samples=20))
+    (text,) = texts_of(source)
+    spans = text.split("\n")
+    assert [len(span) for span in spans] == [16 * 16] * 20
+    assert all(whole.index(span) % (16 * 16) == 0 for span in spans)
+    assert whole.index(spans[0]) < 20_000 < 60_000 < whole.index(spans[-1])
+    assert texts_of(read(section(path, samples=20))) == [text] != texts_of(read(section(path, samples=20, seed=1)))
+    assert source.hash == content_hash(f"{whole}\n"), "of the whole file"
+    assert len(windows(source, section(path, samples=20), byte_tokenizer)) == 20
+    assert texts_of(read(section(path, samples=400))) == [f"{whole}\n"]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +139,10 @@ def test_the_fingerprint_holds_what_chats_say(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl:1: half a surrogate pair"),
         ("a.jsonl", b'{"messages": [{"role": "usr", "content": "a"}]}\n', r"a.jsonl:1: messages\[0\]: unknown role 'usr'"),
         ("a.jsonl", b'{"prompt": "a", "response": 3}\n', r"a.jsonl:1: response is a number"),
+        ("a.json", b'[\n {"text": "a"}\n]', "a.json: JSON, which would be read as prose"),
+        ("a", b'{"text": "a"}\n{"text": "b"}\n', "a: JSON, which would be read as prose"),
+        ("a.ndjson", b'{"text": \n', r"a.ndjson:1: broken JSON"),
+        ("a.JSONL", b'{"text": 1' + b"0" * 5000 + b"}", r"a.JSONL:1: a number with too many digits"),
         ("gone.txt", None, "gone.txt: no such file"),
     ],
 )

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from infopt.data import audit, rows
+from infopt.data import audit, calibration, rows
 from infopt.data.row_tokens import count
 from infopt.errors import InputError
 from infopt.findings import RULES, Audit
+from infopt.recipe import Calibration
 
 WORDS = [first + second for first in ("ba", "ke", "lu", "mo", "ni") for second in ("dor", "fel", "gan", "hix", "jup", "mat")]
 
@@ -52,6 +53,7 @@ CHECK = {"prompt": prose(6), "expect": {"contains": "x"}}
         (TEXT, "{", "json", "broken JSON (Expecting property name enclosed in double quotes, column 2)"),
         (TEXT, "[" * 100_000, "json", "broken JSON"),
         (TEXT, "[1]", "json", "found a list"),
+        (TEXT, '{"text": 1' + "0" * 5000 + "}", "json", "a number with too many digits"),
         (TEXT, '{"text": NaN}', "json", "NaN is not JSON"),
         (TEXT, '{"text": "a", "text": "b"}', "json", "the key 'text' is given twice"),
         (TEXT, '{"text": "a \\ud800 b"}', "encoding", "half a surrogate pair"),
@@ -62,7 +64,7 @@ CHECK = {"prompt": prose(6), "expect": {"contains": "x"}}
         (CHAT, {"prompt": "a", "response": ""}, "empty", "response is blank"),
         (CHAT, {"prompt": "a"}, "fields", "'response' is missing"),
         (CHAT, {"response": "a"}, "fields", "'prompt' is missing"),
-        (MESSAGES, {"messages": []}, "fields", "messages is a list ([])"),
+        (MESSAGES, {"messages": []}, "fields", "messages is empty; a list of messages is wanted"),
         (MESSAGES, {"messages": MESSAGES["messages"][:1]}, "fields", "the last message is the user's, so nothing is answered"),
         (MESSAGES, {"messages": [{"role": "usr", "content": "a"}] * 2}, "fields", "did you mean 'user'"),
         (MESSAGES, {"messages": [{"role": "user", "content": " "}]}, "empty", "messages[0].content is blank"),
@@ -74,13 +76,18 @@ CHECK = {"prompt": prose(6), "expect": {"contains": "x"}}
         (CHECK, {"prompt": "a", "response": "b"}, "fields", "unknown key 'response'"),
         (TEXT, TEXT, "duplicate", "says the same as line 1"),
         (TEXT, {"text": TEXT["text"].replace(" ", "\n")}, "duplicate", "says the same as line 1"),
+        ({"text": "Good Morning"}, {"text": "“good morning!”"}, "duplicate", "says the same as line 1"),
+        ({"prompt": "Is it?", "response": "Yes"}, {"prompt": "is it ?", "response": "yes."}, "duplicate", "same as line 1"),
         (CHOICE, {**CHOICE, "choices": ["bunnies", "grass"], "answer": 0}, "duplicate", "says the same as line 1"),
         (CHAT, {"messages": [{"role": "user", "content": CHAT["prompt"]}, {"role": "assistant", "content": CHAT["response"]}]},
          "duplicate", "says the same as line 1"),
         (TEXT, {"text": f"{TEXT['text']} more"}, "near-duplicate", "says nearly the same as line 1"),
         (CHOICE, {**CHOICE, "answer": 0}, "contradiction",
          "the same input as line 1 with another answer: 'grass' here, 'bunnies' there"),
-        ({"prompt": "a", "response": "yes"}, {"prompt": "a", "response": "no"}, "contradiction", "'no' here, 'yes' there"),
+        ({"prompt": "a", "response": "yes"}, {"prompt": "a", "response": "no"}, "several-answers", "with another answer"),
+        ({**TEXT, "label": "pos"}, {**TEXT, "label": "neg"}, "contradiction", "'neg' here, 'pos' there"),
+        ({**TEXT, "label": 1}, {**TEXT, "label": 0}, "contradiction", "'0' here, '1' there"),
+        ({**TEXT, "label": True}, {**TEXT, "label": True}, "duplicate", "says the same as line 1"),
         (CHAT, {**CHAT, "response": prose(9)}, "several-answers", "the same input as line 1 with another answer"),
         ({"prompt": "a", "expect": {"exact": "1"}}, {"prompt": "a", "expect": {"exact": "2"}}, "contradiction", "'2' here"),
         ({"prompt": "a", "expect": {"refusal": True}}, {"prompt": "a", "expect": {"refusal": False}},
@@ -115,6 +122,43 @@ def test_sound_files_have_no_findings(tmp_path: Path) -> None:
     assert found.findings == ()
     assert [file.format for file in found.files] == ["texts", "chats", "choices", "checks", "text"]
     assert [file.rows for file in found.files] == [2] * 5
+
+
+def test_signs_and_inner_marks_are_a_difference(tmp_path: Path) -> None:
+    asked = [("What is 2 + 2?", "4"), ("What is 2 - 2?", "0"), ("What is 22?", "22"), ("What is 2.2?", "2.2")]
+    assert told(check(tmp_path / "a.jsonl", *({"prompt": p, "response": r} for p, r in asked))) == []
+    assert told(check(tmp_path / "b.jsonl", *({"text": text} for text in ("?", "!", "...")))) == []
+
+
+def test_answers_contradict_where_they_are_labels(tmp_path: Path) -> None:
+    rows = [{"prompt": prose(seed), "response": answer} for seed, answer in enumerate(["Yes", "No", "yes.", "No"])]
+    found = check(tmp_path / "a.jsonl", *rows, {"prompt": "Name a fruit?", "response": "yes"},
+                  {"prompt": "Name a fruit ?", "response": "No"})  # fmt: skip
+    assert told(found) == [(6, "contradiction")]
+    assert "'No' here, 'yes' there" in found.findings[0].message
+    free = [{"prompt": prose(seed), "response": prose(seed, 2)} for seed in range(9)]
+    fruit = [{"prompt": "Name a fruit.", "response": answer} for answer in ("Apple", "Pear")]
+    assert told(check(tmp_path / "b.jsonl", *free, *fruit)) == [(11, "several-answers")]
+
+
+def test_classes_of_labelled_texts_are_balanced(tmp_path: Path) -> None:
+    found = check(tmp_path / "a.jsonl", *({"text": prose(seed), "label": int(seed > 2)} for seed in range(20)))
+    assert told(found) == [(None, "imbalance")]
+    assert found.files[0].labels == {"1": 17, "0": 3}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.txt", "a"])
+@pytest.mark.parametrize("content", [json.dumps(TEXT), json.dumps([TEXT], indent=2), f"\n{json.dumps(TEXT, indent=2)}", '["a"]'])
+def test_json_is_not_read_as_prose(tmp_path: Path, name: str, content: str) -> None:
+    found = check(tmp_path / name, content)
+    assert told(found) == [(None, "format")]
+    assert "JSON Lines are read from a file named .jsonl or .ndjson" in found.findings[0].message
+    assert told(check(tmp_path / name, "[1] An introduction", "", "[Illustration]", "", '{"a": 1} is JSON')) == []
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson"])
+def test_json_lines_by_other_names(tmp_path: Path, name: str) -> None:
+    assert told(check(tmp_path / name, TEXT, TEXT)) == [(2, "duplicate")]
 
 
 def test_plain_text_is_read_in_passages_or_lines(tmp_path: Path) -> None:
@@ -225,6 +269,43 @@ def test_leakage_across_formats(tmp_path: Path) -> None:
     assert told(check(tmp_path / "chats.jsonl", chat, against=[other])) == [], "a system message is no content"
 
 
+@pytest.mark.parametrize("rows", [
+    [{"prompt": "Capital of France?", "response": "Paris"}, {"prompt": "Why?", "response": "So"}],
+    [CHOICE, {"question": "It is", "choices": ["a", "b"], "answer": 0}],
+    [{"text": "Good morning"}, {"text": "Bad", "label": 0}],
+    [{"prompt": "Name one fruit."}, {"prompt": "Why?", "expect": {"exact": "So"}}],
+])  # fmt: skip
+def test_a_copy_leaks_row_by_row(tmp_path: Path, rows: list[Any]) -> None:
+    held_out = write(tmp_path / "eval.jsonl", *rows)
+    assert told(check(tmp_path / "train.jsonl", *rows, against=[held_out])) == [(1, "leakage"), (2, "leakage")]
+
+
+def test_short_questions_leak_with_their_answers_only(tmp_path: Path) -> None:
+    held_out = write(tmp_path / "eval.jsonl", {"prompt": "Why?", "response": "So"}, {"prompt": "Who is it?", "response": "I"})
+    own = [{"prompt": "Why?", "response": "Because"}, {"prompt": "who is it", "response": "You"}]
+    found = check(tmp_path / "train.jsonl", *own, against=[held_out])
+    assert told(found) == [(2, "leakage")]
+    assert found.findings[0].message == f"its question is in {held_out}:2: 'who is it'"
+
+
+def test_items_are_found_in_chats(tmp_path: Path) -> None:
+    """As question and answer every one is; among lettered choices those that ask in 8 words or more."""
+    path = audit.BUNDLED / "openbookqa.jsonl"
+    items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    pairs = [{"prompt": item["question"], "response": item["choices"][item["answer"]]} for item in items]
+    found = check(tmp_path / "pairs.jsonl", *pairs, against=[path])
+    assert [line for line, rule in told(found) if rule == "leakage"] == list(range(1, 51))
+    lettered = [
+        {"prompt": f"Question: {item['question']}\n" + "\n".join(f"{letter}. {choice}" for letter, choice in
+                                                               zip("ABCD", item["choices"], strict=True)),
+         "response": "ABCD"[item["answer"]]} for item in items
+    ]  # fmt: skip
+    found = check(tmp_path / "lettered.jsonl", *lettered, against=[path])
+    leaking = {line for line, rule in told(found) if rule == "leakage"}
+    assert leaking >= {number for number, item in enumerate(items, start=1) if len(item["question"].split()) >= 9}
+    assert any(f"{path}:" in finding.message and " is in it: '" in finding.message for finding in found.findings)
+
+
 def test_the_bundled_sets_can_be_checked_against(tmp_path: Path) -> None:
     passage = audit.BUNDLED.joinpath("evaluation.txt").read_text(encoding="utf-8")[1000:1500]
     found = check(tmp_path / "a.jsonl", {"text": prose(1)}, {"text": passage}, against=[Path("bundled")])
@@ -255,6 +336,22 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         assert caught.value.hint
 
 
+# --- Calibration text, as it was drawn -------------------------------------------------------------------------------
+
+
+def test_a_remark_on_what_is_said_again(tmp_path: Path) -> None:
+    def told(name: str, *lines: Any) -> str | None:
+        path = write(tmp_path / name, *lines)
+        return audit.remark(calibration.read(Calibration(text=str(path))))
+
+    near = {"text": f"{TEXT['text']} more"}
+    found = told("a.jsonl", *[TEXT] * 4, near, CHAT, CHAT, MESSAGES)
+    assert found == f"calibration text: of 8 rows, 4 repeat others and 1 nearly do (infopt data check {tmp_path / 'a.jsonl'})"
+    assert told("b.txt", prose(1), "", prose(2), "", prose(1)) is not None
+    assert told("c.jsonl", TEXT, CHAT, MESSAGES) is told("d.txt", prose(1), "", prose(2)) is None
+    assert audit.remark(calibration.read(Calibration())) is None
+
+
 # --- Properties ------------------------------------------------------------------------------------------------------
 
 ROW = st.tuples(st.integers(0, 6), st.sampled_from(["yes", "no", "perhaps"]))
@@ -272,7 +369,9 @@ def test_the_order_of_rows_changes_no_count(tmp_path: Path, chosen: list[tuple[i
     different = set(chosen)
     by_prompt = {seed: {label for other, label in different if other == seed} for seed, _ in chosen}
     assert before.get("duplicate", 0) == len(chosen) - len(different)
-    assert before.get("contradiction", 0) == sum(len(labels) > 1 for labels in by_prompt.values())
+    assert before.get("contradiction", 0) + before.get("several-answers", 0) == sum(
+        len(labels) > 1 for labels in by_prompt.values()
+    )
     assert before.get("leakage", 0) == sum(seed == 2 for seed, _ in chosen)
 
 

@@ -47,6 +47,9 @@ def test_prompts_are_read(tmp_path: Path) -> None:
         ("{", r":2: broken JSON \(.*column 2\)"),
         ("[" * 100_000, ":2: broken JSON"),
         ("[]", ":2: found a list"),
+        ('{"max_tokens": 1' + "0" * 5000 + "}", ":2: a number with too many digits"),
+        ('{"prompt": "\\ud800"}', ":2: half a surrogate pair"),
+        ('{"prompt": "a", "prompt": "b"}', ":2: the key 'prompt' is given twice"),
         ("null", ":2: found null"),
         ('{"promt": "Hi"}', ":2: unknown key 'promt'; did you mean 'prompt'"),
         ("{}", "found neither"),
@@ -116,6 +119,7 @@ def test_choices_are_read(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"choices": ["a", "b"], "answer": 0}', "'question' is missing"),
+        ('{"answer": 1' + "0" * 5000 + "}", "a number with too many digits"),
         ('{"question": "Q", "choices": ["a"], "answer": 0}', "two or more strings"),
         ('{"question": "Q", "choices": ["a", " "], "answer": 0}', "two or more strings"),
         ('{"question": "Q", "answer": 0}', "choices is null"),

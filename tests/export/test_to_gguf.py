@@ -166,6 +166,7 @@ def test_other_architectures_types_targets_and_formats_are_refused(tmp_path: Pat
     assert (tmp_path / "there.gguf").read_text() == "mine"
     with pytest.raises(InputError, match=r"ends in .gguf"):
         run("tiny", "f16", tmp_path / "model.bin")
+    to_gguf.require_free(tmp_path / "model.GGUF")
     with pytest.raises(InputError, match="unknown format 'gguff'; did you mean 'gguf'"):
         export("tiny", "gguff", None, None, OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
@@ -233,6 +234,36 @@ def test_rotary_scaling_that_is_not_read_is_refused_on_load(make: Make, tmp_path
     monkeypatch.setitem(gguf_config._LLAMA3, "high_freq_factor", 2.0)
     with pytest.raises(InputError, match="rotary factors"):
         load.load(reference.parse(str(path)))
+
+
+def test_plain_transformers_is_asked_too_and_what_it_gets_wrong_is_told(
+    make: Make, byte_level: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = to_gguf._plain
+    monkeypatch.setattr(to_gguf, "_plain", lambda path: dataclasses.replace(real(path), tokenizer=byte_level("smollm")))
+    made = run(make("llama-scaled"), "f32", tmp_path / "model.gguf")
+    own, plain = made.checks
+    assert (own.reader, own.texts, own.texts_tried) == ("infopt, over transformers' GGUF reader", 6, 6)
+    assert plain.reader.startswith("plain transformers ")
+    assert plain.tolerance is plain.top1_floor is plain.refusal is None
+    assert 0 < plain.texts_tried - plain.texts <= 6
+    assert plain.max_abs_logit_difference is not None
+    assert plain.max_abs_logit_difference > to_gguf.TOLERANCE  # it leaves out Llama 3's rotary scaling
+    odd = plain.texts_tried - plain.texts
+    assert made.notes == (
+        f"transformers' own GGUF reader encodes {odd} of 6 texts differently; the source's tokenizer fits",
+        "transformers' own GGUF reader makes another model of it: open it with infopt or llama.cpp",
+        "not checked in llama.cpp: make interop does",
+    )
+
+
+def test_that_plain_transformers_does_not_open_it_is_told(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> Any:
+        raise KeyError("rope")
+
+    monkeypatch.setattr(to_gguf, "_plain", fail)
+    plain = run(make("llama"), "f32", tmp_path / "model.gguf").checks[1]
+    assert (plain.refusal, plain.max_abs_logit_difference, plain.texts) == ("'rope'", None, 0)
 
 
 def test_the_source_is_named_in_the_file_and_the_report(make: Make, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from infopt import artifact, needs, recipe, techniques
 from infopt.errors import InputError, LoadBackError, MissingNeedError
 from infopt.export import export, to_onnx
+from infopt.export.source import open_source, unrounded
 from infopt.optimize import optimize
 from infopt.settings import LoadOptions
 
@@ -35,17 +36,29 @@ def test_fp32_answers_in_the_sources_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("built")
-def test_an_artifact_is_quantized_again_and_the_report_says_so(tmp_path: Path) -> None:
+def test_what_is_rounded_already_is_quantized_from_its_reference(tmp_path: Path) -> None:
     chosen = recipe.load("rtn_int8", techniques.find)
-    optimize("tiny", chosen, tmp_path / "artifact", OPTIONS)
-    made = export(str(tmp_path / "artifact"), "onnx", "int4", tmp_path / "out", OPTIONS)
-    assert artifact.is_artifact(tmp_path / "artifact")
-    assert made.notes[0] == "14 layers of the source are packed: they were dequantized first"
+    folder = tmp_path / "artifact"
+    optimize("tiny", chosen, folder, OPTIONS)
+    made = export(str(folder), "onnx", "int4", tmp_path / "out", OPTIONS)
+    assert made.notes[0] == f"{folder} is rounded already: this starts from its reference, tiny, instead"
     assert made.notes[1].startswith("quantized to int4, the head in 8 by onnxruntime-genai's builder")
-    assert made.source_description == "tiny, random weights, seed 0, optimized by rtn_int8"
+    assert made.source_description == "tiny, random weights, seed 0"
     assert made.checks[0].top1_agreement >= to_onnx.TOP1_FLOORS["int4"]
     assert made.checks[0].tolerance is None
     assert made.bytes < 300_000
+
+
+@pytest.mark.parametrize("change", [{"reference": "gone/"}, {"reference_hash": "0" * 64}])
+def test_without_its_reference_it_is_quantized_a_second_time_and_says_so(change: dict[str, str], tmp_path: Path) -> None:
+    optimize("tiny", recipe.load("rtn_int8", techniques.find), tmp_path / "artifact", OPTIONS)
+    path = tmp_path / "artifact" / artifact.FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    source = unrounded(open_source(str(tmp_path / "artifact"), OPTIONS, print), OPTIONS, print)
+    assert source.notes == [
+        "14 layers of the source are packed: they were dequantized first",
+        "quantized a second time: the source's weights are rounded already, and its reference is not here",
+    ]
 
 
 @pytest.mark.usefixtures("built")

@@ -91,9 +91,9 @@ def test_the_layer_multiplies_what_it_rounds(kind: str) -> None:
 def test_only_named_layers_are_swapped() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
     weight = model[1].weight
-    packing.activate(model, ["1"], Grid(8))
+    packing.activate(model, {"1": {}}, Grid(8))
     assert type(model[1]) is nn.Linear
-    packing.activate(model, ["1"], GRIDS["int"])
+    packing.activate(model, {"1": {}}, GRIDS["int"])
     assert type(model[0]) is nn.Linear
     assert isinstance(model[1], ActivationLinear)
     assert model[1].weight is weight

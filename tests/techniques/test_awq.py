@@ -20,7 +20,7 @@ from infopt.model import load, reference, save, shapes
 from infopt.model.bundle import Bundle
 from infopt.protocols import Context
 from infopt.techniques import awq
-from infopt.techniques.awq import best_cut, best_scale, cost, refined, rounded
+from infopt.techniques.awq import best_cut, best_scale, cost, refined, to_nearest
 
 FREE = Fold("norm", (), torch.arange(64))
 
@@ -66,7 +66,9 @@ def test_a_planted_outlier_is_scaled_up_and_costs_less(bits: int) -> None:
     rule = Grid(bits, 32)
     scale = best_scale(weight, hessian, x.abs().mean(0), FREE, rule, 20, False)
     assert scale.argmax() == 5
-    assert loss(x, rounded(weight * scale, rule) / scale - weight).sum() < 0.6 * loss(x, rounded(weight, rule) - weight).sum()
+    assert (
+        loss(x, to_nearest(weight * scale, rule) / scale - weight).sum() < 0.6 * loss(x, to_nearest(weight, rule) - weight).sum()
+    )
 
 
 def test_inputs_that_share_a_source_get_one_scale() -> None:
@@ -86,8 +88,8 @@ def test_clipping_never_costs_a_group_more(bits: int, group_size: int | None, sy
     shrink = best_cut(weight, hessian, rule)
     again = refined(shrink, weight, hessian, rule)
     assert all(cut in torch.tensor(awq.CUTS) for cut in shrink.flatten())
-    clipped, plain = rounded(weight, rule, shrink) - weight, rounded(weight, rule) - weight
-    least = cost(rounded(weight, rule, again) - weight, hessian)
+    clipped, plain = to_nearest(weight, rule, shrink) - weight, to_nearest(weight, rule) - weight
+    least = cost(to_nearest(weight, rule, again) - weight, hessian)
     assert least <= cost(clipped, hessian) * (1 + 1e-4), "the others' errors in view"
     for start in range(0, 64, size):
         part = slice(start, start + size)

@@ -118,9 +118,35 @@ def test_the_factor_is_that_of_the_inverse() -> None:
 
 
 def test_a_hessian_without_an_inverse_is_told() -> None:
-    with pytest.raises(InputError, match="too much alike") as caught:
-        inverse_factor(-torch.eye(4) + 0.5, 1e-9)
+    with pytest.raises(InputError, match=r"the inputs of layers\.0\.up_proj are too much alike") as caught:
+        inverse_factor(-torch.eye(4) + 0.5, 1e-9, "layers.0.up_proj")
     assert "raise damping" in caught.value.hint
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_inputs_that_are_not_finite_are_told(value: float, dtype: torch.dtype) -> None:
+    weight, _, hessian = problem(4, 64)
+    hessian[3, 5] = value
+    with pytest.raises(InputError, match=r"the inputs of layers\.0\.up_proj are not all finite") as caught:
+        round_columns(weight, hessian, Grid(4, 32), dtype, True, 0.01, True, "layers.0.up_proj")
+    assert ("bfloat16" in caught.value.hint) is (dtype == torch.float16)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("silent", [1, 8, 64])
+def test_silent_inputs_have_no_say_in_how_others_are_rounded(silent: int, scale: float) -> None:
+    weight, x, hessian = problem(16, 64)
+    rule = Grid(4, 64)
+    expected, _ = round_columns(weight.clone(), hessian * scale**2, rule, torch.float32, True, 0.01, clip=False)
+    wider = torch.zeros(64 + silent, 64 + silent)
+    wider[:64, :64] = hessian * scale**2
+    ours = inverse_factor(wider.clone(), 0.01)
+    torch.testing.assert_close(ours[:64, :64], inverse_factor(hessian * scale**2, 0.01), rtol=1e-4, atol=0)
+    assert torch.equal(ours[:64, 64:], torch.zeros(64, silent))
+    unheard, _ = round_columns(weight.clone(), torch.zeros(64, 64), rule, torch.float32, True, 0.01, clip=False)
+    assert loss(weight, expected, x) < loss(weight, unheard, x)
+    assert torch.equal(unheard, packing.rounded(weight, packing.fit(weight, rule), rule))
 
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny-qwen2", "tiny-gemma3"])

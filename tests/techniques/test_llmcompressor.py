@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from stub_techniques import CALIBRATION
+from stub_techniques import CALIBRATION, chosen
 
 from infopt import optimize, recipe, techniques
 from infopt.backends.environments import LLMCOMPRESSOR
@@ -18,7 +18,7 @@ from infopt.model import checkpoint, load, reference, save, shapes
 from infopt.model.bundle import Bundle
 from infopt.protocols import Context, Machine, Prediction
 from infopt.settings import LoadOptions
-from infopt.techniques.llmcompressor import PRESETS, LlmCompressor, LlmCompressorOptions
+from infopt.techniques.llmcompressor import PRESETS, READ_BY, LlmCompressor, LlmCompressorOptions
 
 METHODS = ["gptq", "rtn", *PRESETS]
 #: Rounds as infopt does, in the place of llm-compressor: the same formats.
@@ -41,7 +41,8 @@ def technique(**options: Any) -> LlmCompressor:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_says_what_it_wants_in_the_words_of_the_library(method: str) -> None:
-    job = technique(method=method, bits=8, group_size=None, act_order=False, damping=0.05)._job(["lm_head"])
+    given = {"bits": 8, "group_size": None, "act_order": False, "damping": 0.05}
+    job = technique(method=method, **{o: v for o, v in given.items() if method in READ_BY[o]})._job(["lm_head"])
     assert job["ignore"] == ["lm_head"]
     assert (job["gptq"] is not None) == method.endswith("gptq")
     assert job["gptq"] in (None, {"actorder": None, "dampening_frac": 0.05})
@@ -107,9 +108,22 @@ def test_refuses_what_cannot_work(tiny_bundle: Bundle) -> None:
         technique(group_size=48).check(size, "s")
     with pytest.raises(RecipeError, match="shares its weight"):
         technique(ignore=()).check(size, "s")
-    technique(method="nvfp4", group_size=48).check(size, "s")  # the format fixes its group
+    technique(method="nvfp4").check(size, "s")  # the format fixes its group
     with pytest.raises(InputError, match="a calibrated step needs text"):
         technique().apply(tiny_bundle, Context())
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        ("fp8", {"bits": 8}), ("nvfp4", {"group_size": 32}), ("w8a8", {"symmetric": False}), ("rtn", {"act_order": False}),
+        ("smoothquant", {"damping": 0.1}), ("gptq", {"smoothing": 0.1}), ("mxfp4", {"batch_size": 2}),
+    ],
+)  # fmt: skip
+def test_options_that_the_method_does_not_read_are_refused(method: str, option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(RecipeError, match=rf"^steps\[0\]\.llmcompressor: method {method} does not read {name}, which is of"):
+        chosen({"llmcompressor": {"method": method, **option}})
 
 
 def test_another_lock_makes_another_artifact(stand_in: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

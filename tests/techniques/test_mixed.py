@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from stub_techniques import CALIBRATION
+from stub_techniques import CALIBRATION, chosen
 
-from infopt.calibrate.sensitivity import Probe, Unit, allot, measure, predicted
+from infopt.calibrate.sensitivity import Probe, Unit, allot, hull, measure, predicted
 from infopt.errors import InputError, RecipeError
 from infopt.layers import packing
 from infopt.layers.grid import Grid
@@ -60,9 +61,7 @@ def test_a_sensitivity_is_the_kld_of_the_whole_model(kind: str) -> None:
 
 units = st.lists(
     st.tuples(st.lists(st.floats(1e-5, 1), min_size=3, max_size=3), st.integers(1, 9)).map(
-        lambda drawn: Unit(
-            ("x",), dict(zip((3, 4, 6), sorted(drawn[0], reverse=True), strict=True)), {w: w * drawn[1] for w in (3, 4, 6)}
-        )
+        lambda drawn: Unit(("x",), dict(zip((3, 4, 6), drawn[0], strict=True)), {w: w * drawn[1] for w in (3, 4, 6)})
     ),
     min_size=1,
     max_size=5,
@@ -83,7 +82,7 @@ def test_no_choice_within_the_bytes_spent_is_better(found: list[Unit], share: fl
         if sum(unit.bytes[w] for unit, w in zip(found, widths, strict=True)) <= budget
     )
     # Greedy on the hull loses at most the last step that did not fit.
-    assert cost <= best + max(unit.kld[3] - unit.kld[6] for unit in found) + 1e-12
+    assert cost <= best + max(unit.kld[3] - min(unit.kld.values()) for unit in found) + 1e-12
     if share == 1:
         assert cost == pytest.approx(best)
 
@@ -92,8 +91,23 @@ def test_no_choice_within_the_bytes_spent_is_better(found: list[Unit], share: fl
 @given(units, st.floats(0, 2))
 def test_a_kld_budget_is_reached_and_no_step_is_wasted(found: list[Unit], limit: float) -> None:
     allot(found, max_kld=limit)
-    widest = sum(unit.kld[6] for unit in found)
-    assert predicted(found) <= max(limit, widest) + 1e-12
+    least = sum(min(unit.kld.values()) for unit in found)
+    assert predicted(found) <= max(limit, least) + 1e-12
+    for unit in found:
+        for narrower in (width for width in unit.kld if width < unit.bits):
+            saved = unit.kld[narrower] - unit.kld[unit.bits]
+            assert saved > 0, "no bytes are spent to make it worse"
+
+
+@settings(deadline=None)
+@given(units, st.floats(0, 2))
+def test_without_its_last_step_a_kld_budget_is_not_reached(found: list[Unit], limit: float) -> None:
+    allot(found, max_kld=limit)
+    taken = [(gain, i, width) for i, unit in enumerate(found) for gain, width in hull(unit) if width <= unit.bits]
+    if taken:
+        _, last, reached = min(taken)
+        found[last].bits = max((width for _, i, width in taken if i == last and width < reached), default=3)
+        assert predicted(found) > limit
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -128,6 +142,13 @@ def test_layers_that_engines_fuse_share_a_width(make: Callable[..., Any], build:
     assert parts == {("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}
 
 
+def test_long_windows_are_cut_to_what_is_measured_on(make: Callable[..., Any]) -> None:
+    long = tuple(tuple(range(3, 250)) * 3 for _ in range(4))
+    held_out, rest = make("mixed")._split(long)
+    assert [len(window) for window in held_out] == [512]
+    assert rest == long[1:]
+
+
 def test_spends_no_more_than_the_uniform_width(make: Callable[..., Any], build: Callable[..., Any], tmp_path: Path) -> None:
     save.save(build(make("mixed", method="rtn", average_bits=4.0)), tmp_path / "mixed")
     save.save(build(make("rtn", bits=4)), tmp_path / "uniform")
@@ -147,13 +168,16 @@ def test_a_quality_budget(make: Callable[..., Any], build: Callable[..., Any]) -
 
 def test_budgets_that_make_no_sense_are_refused(make: Callable[..., Any], tiny_bundle: Bundle) -> None:
     for options, told in (
-        ({"average_bits": None}, "give average_bits or max_kld"),
-        ({"max_kld": 0.1}, "give average_bits or max_kld"),
+        ({"average_bits": 5.0, "max_kld": 0.1}, "one of the two"),
         ({"average_bits": 7.0}, "lies outside widths 3 … 6"),
+        ({"widths": [5, 8]}, "average_bits 4 lies outside widths 5 … 8"),
         ({"widths": [4]}, "at least 2 items"),
     ):
         with pytest.raises(ValidationError, match=told):
             MixedOptions(**options)
+    assert MixedOptions(max_kld=0.1).bits == 6
+    with pytest.raises(RecipeError, match=r"^steps\[0\]\.mixed: found average_bits and max_kld; allowed: one of the two$"):
+        chosen({"mixed": {"average_bits": 5.0, "max_kld": 0.05}})
     with pytest.raises(RecipeError, match="names a width twice"):
         make("mixed", widths=[4, 4, 3]).check(shapes.shapes(reference.parse("tiny")), "steps[0].mixed")
     with pytest.raises(InputError, match="found 1 samples"):
@@ -163,8 +187,14 @@ def test_budgets_that_make_no_sense_are_refused(make: Callable[..., Any], tiny_b
 def test_sensitivities_are_not_measured_twice(make: Callable[..., Any], tmp_path: Path) -> None:
     lines: list[str] = []
     context = replace(CONTEXT, unfinished=tmp_path / "0-mixed", progress=lines.append)
+    stopping = replace(context, progress=lambda line: (lines.append(line), line.startswith("sensitivity 2/") and sys.exit()))
+    with pytest.raises(SystemExit):
+        make("mixed").apply(opened(), stopping)
+    assert lines[-2:] == ["sensitivity 1/2", "sensitivity 2/2"]
+    lines.clear()
     first = make("mixed").apply(opened(), context)
-    assert any(line.startswith("sensitivity") for line in lines)
+    assert [line for line in lines if line.startswith("sensitivity")] == ["sensitivity 2/2"], "the first block is known"
+    assert first.files == make("mixed").apply(opened(), CONTEXT).files
     lines.clear()
     again = make("mixed").apply(opened(), context)
     assert not any(line.startswith(("sensitivity", "block")) for line in lines)

@@ -17,6 +17,7 @@ from infopt import optimize
 from infopt.errors import InputError, RecipeError
 from infopt.model import load, reference, shapes
 from infopt.model.bundle import Bundle
+from infopt.model.plan import LoadPlan
 from infopt.protocols import Context
 from infopt.settings import LoadOptions
 from infopt.techniques import smoothquant
@@ -61,6 +62,28 @@ def test_the_scale_is_the_papers() -> None:
         torch.testing.assert_close(ours.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
     x[:, 2], weight[:, 3] = 0, 0
     assert smoothquant.scale(x.abs().amax(0), weight, 0.5).isfinite().all()
+    assert smoothquant.scale(x.abs().amax(0), weight, 0.5)[2] == 1
+
+
+def with_a_silent_channel() -> Bundle:
+    """In float16: nothing ever writes to channel 5 of the hidden states."""
+    bundle = load.load(reference.parse("tiny-qwen2"), LoadPlan(dtype="float16"))
+    bundle.model.get_input_embeddings().weight.data[:, 5] = 0
+    for layer in bundle.model.get_decoder().layers:
+        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            writer.weight.data[5] = 0
+    return bundle
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("smoothquant", {"strength": 1.0}), ("smoothquant", {}), ("awq", {"clip": False, "points": 4})]
+)
+def test_a_silent_channel_does_not_blow_up_the_norm_before_it(name: str, options: dict[str, Any], make: Make) -> None:
+    bundle = make(name, **options).apply(with_a_silent_channel(), CONTEXT)
+    assert answers(bundle).isfinite().all()
+    for layer in bundle.model.get_decoder().layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            assert 0.1 < norm.weight[5] < 10
 
 
 @settings(max_examples=20, deadline=None)
