@@ -35,9 +35,9 @@ class _Set(NamedTuple):
 
 def found(spec: ArmSpec, settings: QualitySettings) -> dict[str, str]:
     """By tier of quality, what the arm's calibration text shares with it, in words; empty where nothing."""
-    sets = list(_sets(settings))
-    leaks: dict[str, str] = {}
-    for known in _fingerprints(spec):
+    fingerprints, leaks = list(_fingerprints(spec)), dict[str, str]()
+    sets = list(_sets(settings)) if fingerprints else []
+    for known in fingerprints:
         if isinstance(known, Fingerprint):
             leaks |= _shared(known, sets)
         else:
