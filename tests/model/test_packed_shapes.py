@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from infopt.errors import InputError
-from infopt.model import packed_shapes
+from infopt.layers import rounding
+from infopt.layers.grid import Grid
+from infopt.model import load, packed_shapes, reference, save
+from infopt.model.bundle import Bundle
+from infopt.model.plan import LoadPlan
 
 OTHER: dict[str, packed_shapes.Packing] = {"dense": "padded", "padded": "dense"}
 
@@ -123,3 +127,24 @@ def test_what_infopt_writes_passes_and_says_who_packed_it(tmp_path: Path) -> Non
     tensors, _ = packing.pack(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), grid)
     save_file({f"q_proj.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     packed_shapes.check_packing(tmp_path, {"quantization_config": packing.config(grid, [])})
+
+
+def padded(q: torch.Tensor) -> torch.Tensor:
+    """[rows, values] of 3-bit integers, −4 … 3, ten to a word, as releases up to 0.17 packed them."""
+    q = torch.nn.functional.pad(q.long() + 4, (0, -q.shape[1] % 10)).view(len(q), -1, 10)
+    return (q << torch.arange(0, 30, 3)).sum(-1).to(torch.int32)
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_a_model_of_the_other_packing_does_not_open(tiny_bundle: Bundle, is_plain: bool, tmp_path: Path) -> None:
+    save.save(rounding.round_layers(tiny_bundle, ["lm_head"], Grid(3, 32), "", print), tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    ref, plan = reference.parse(str(tmp_path / "out")), LoadPlan(is_plain=is_plain)
+    load.load(ref, plan)
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith(".weight_packed")]:
+        shape = torch.Size(tensors[name.replace("weight_packed", "weight_shape")].tolist())
+        tensors[name] = padded(unpack_from_int32(tensors[name], 3, shape))
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(InputError, match="its 3-bit weights are packed in whole values per 32-bit word"):
+        load.load(ref, plan)

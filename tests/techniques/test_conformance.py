@@ -15,7 +15,7 @@ from stub_techniques import CALIBRATION
 
 from infopt import optimize, recipe, techniques
 from infopt.layers.kv_ranges import leave_cache_alone
-from infopt.model import checkpoint, load, reference, save, shapes
+from infopt.model import checkpoint, load, reference, save, shapes, tiny
 from infopt.model.bundle import Bundle
 from infopt.protocols import Context, Machine, Prediction
 from infopt.settings import LoadOptions
@@ -101,11 +101,33 @@ def test_reloads_as_what_was_saved(name: str, make: Make, build: Build, logits: 
     assert (logits(again) - made).abs().max() <= alignment
 
 
+@pytest.fixture(scope="module")
+def uneven_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with a head of its own, and sizes that neither 64 nor each other divide."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "uneven"
+    with torch.random.fork_rng():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
+    save.save(Bundle(model, tiny.tokenizer(), "uneven"), folder)
+    return str(folder)
+
+
 @every
-def test_predicts_the_stored_bytes(name: str, make: Make, build: Build, tmp_path: Path) -> None:
-    technique = make(name)
-    tiny = reference.parse("tiny")
-    size = shapes.shapes(tiny)
+@pytest.mark.parametrize("model", ["tiny", "uneven"])
+def test_predicts_the_stored_bytes(
+    name: str, model: str, make: Make, build: Build, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    known = techniques.find(name).Options.model_fields
+    options: dict[str, Any] = {"group_size": 32} if "group_size" in known else {}
+    if model == "uneven":
+        model = request.getfixturevalue("uneven_folder")
+        options |= {"ignore": ()} if "ignore" in known and not make(name).walks else {}
+    technique, size = make(name, **options), shapes.shapes(reference.parse(model))
     before = Prediction(weights_bytes=4 * size.parameters, peak_bytes=4 * size.parameters, seconds=None)
     predicted = technique.predict(size, before, MACHINE)
     assert predicted.peak_bytes >= predicted.weights_bytes
@@ -115,7 +137,7 @@ def test_predicts_the_stored_bytes(name: str, make: Make, build: Build, tmp_path
     if technique.at_load:
         assert predicted.weights_bytes == before.weights_bytes
         return
-    save.save(build(technique), tmp_path / "saved")
+    save.save(build(technique, model), tmp_path / "saved")
     assert predicted.weights_bytes == pytest.approx(checkpoint.tensor_bytes(tmp_path / "saved"), rel=0.03)
 
 

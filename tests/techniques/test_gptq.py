@@ -142,7 +142,7 @@ def test_silent_inputs_have_no_say_in_how_others_are_rounded(silent: int, scale:
     wider = torch.zeros(64 + silent, 64 + silent)
     wider[:64, :64] = hessian * scale**2
     ours = inverse_factor(wider.clone(), 0.01)
-    torch.testing.assert_close(ours[:64, :64], inverse_factor(hessian * scale**2, 0.01), rtol=1e-4, atol=0)
+    torch.testing.assert_close(ours[:64, :64], inverse_factor(hessian * scale**2, 0.01), rtol=1e-3, atol=1e-5 / scale)
     assert torch.equal(ours[:64, 64:], torch.zeros(64, silent))
     unheard, _ = round_columns(weight.clone(), torch.zeros(64, 64), rule, torch.float32, True, 0.01, clip=False)
     assert loss(weight, expected, x) < loss(weight, unheard, x)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from stub_techniques import CALIBRATION
 
+from infopt.calibrate import distillation
 from infopt.calibrate.distillation import Schedule, distill, divergence
 from infopt.errors import InputError, RecipeError
 from infopt.layers import packing
@@ -19,6 +20,7 @@ from infopt.layers.grid import Grid
 from infopt.layers.student_linear import StudentLinear, teaching
 from infopt.model import load, reference, save, shapes
 from infopt.model.bundle import Bundle
+from infopt.model.plan import LoadPlan
 from infopt.protocols import Context, Machine, Prediction
 
 Make = Callable[..., Any]
@@ -66,6 +68,24 @@ def test_the_loss_and_its_gradient_are_those_of_autograd() -> None:
     assert logits.grad is not None
     torch.testing.assert_close(gradient, logits.grad, rtol=1e-4, atol=1e-8)
     assert divergence(wanted, wanted)[0] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_gradients_are_not_lost_in_float16(is_fast: bool, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients: list[torch.Tensor] = []
+
+    def seen(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[float, torch.Tensor]:
+        found = divergence(logits, wanted)
+        gradients.append(found[1])
+        return found
+
+    monkeypatch.setattr(distillation, "_has_fast_bfloat16", lambda device: is_fast)
+    monkeypatch.setattr(distillation, "divergence", seen)
+    bundle = load.load(reference.parse("tiny"), LoadPlan(dtype="float16"))
+    context = Context(calibration_ids=CALIBRATION[:1])
+    make("qat", epochs=1).apply(bundle, context)
+    assert gradients[0].dtype == torch.bfloat16
+    assert bundle.model.dtype == torch.float16
 
 
 def test_the_learning_rate_rises_and_falls_to_zero() -> None:
