@@ -25,7 +25,7 @@ test: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff format --check infopt tests benchmarks
 	$(BIN)/ruff check infopt tests benchmarks
-	$(BIN)/mypy --strict infopt
+	$(BIN)/mypy --strict infopt benchmarks
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt

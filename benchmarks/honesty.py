@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--model", default="demo")
     chosen = parser.parse_args()
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-    arm_run.WorkerProcess = process  # type: ignore[assignment, misc]
+    vars(arm_run)["WorkerProcess"] = process
     if chosen.model == "demo":
         fetch()
     labels = ("baseline", "same", "slowed")

@@ -13,8 +13,8 @@ A reader is a script, run as `PYTHON script REQUEST.json ANSWER.json`, that impo
                  "layers" (optional): how many layers run in which kernel, "dtype" (optional): when not the one asked for}
 
 What is expected comes from the dense float32 weights that the artifact stands for (for a GGUF file: those in the file; for
-an artifact that rounds activations: infopt's own layers), run in transformers. A prompt counts as equal when all its
-tokens are; as a tie when the first other token comes where the two likeliest were nearer to each other than the reader's
+an artifact that rounds activations or has adapters: infopt's own layers), run in transformers. A prompt counts as equal when
+all its tokens are; as a tie when the first other token comes where the two likeliest were nearer to each other than the reader's
 log-probabilities are to the expected ones. llama.cpp rounds activations, mostly to 8 bits, which on the demo model moves
 log-probabilities by 0.07 nats on average, and so does the same rounding after a change of 1e-6 of the embeddings: no two
 programs agree more closely. So it is held against that distance, measured by rounding in transformers: `rounding` is an
@@ -49,6 +49,7 @@ from infopt.data import texts
 from infopt.errors import InfoptError
 from infopt.export import export
 from infopt.export.source import open_source, probe_texts
+from infopt.model.bundle import Bundle
 from infopt.settings import LoadOptions
 
 HERE = Path(__file__).parent
@@ -180,8 +181,8 @@ def _bytes(path: Path) -> int:
 
 def expected(subject: Subject) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The request, what its answer should be (`wanted`), and what it is with llama.cpp's rounding (`rounded`, GGUF only)."""
-    source = open_source(subject.reference, OPTIONS, lambda line: None)
-    tokenizer = source.bundle.tokenizer
+    bundle = opened(subject)
+    tokenizer, model = bundle.tokenizer, bundle.model
     tried = probe_texts(tokenizer)
     request = {
         "folder": str(subject.path),
@@ -191,18 +192,29 @@ def expected(subject: Subject) -> tuple[dict[str, Any], dict[str, dict[str, Any]
         "text": tokenizer(texts.read_text("bundled", "evaluation")[:4000], verbose=False)["input_ids"][:TEXT_TOKENS],
         "texts": tried,
     }
-    model: Any = source.bundle.model
-    if source.rounds_activations:  # then the dense weights alone are not what the artifact computes
-        engine = recipe.load(str(subject.path / "recipe.yaml"), techniques.find).engine
-        model = pipeline.reopen(subject.path, engine, "cpu", OPTIONS).model
     answers = {"wanted": interop_transformers.answer(model, request)}
     answers["wanted"]["encoded"] = [list(tokenizer(text, verbose=False)["input_ids"]) for text in tried]
     if subject.format == "gguf":
         with interop_rounding.llama_inputs(model, subject.path):
             answers["rounded"] = interop_transformers.answer(model, {**request, "prompts": []})
-    source.close()
+    del bundle, model
     gc.collect()
     return request, answers
+
+
+def opened(subject: Subject) -> Bundle:
+    """What a subject should compute: its dense weights, or the artifact itself where these are not all of it."""
+    try:
+        source = open_source(subject.reference, OPTIONS, lambda line: None)
+    except InfoptError:
+        if subject.format != "folder":
+            raise
+    else:
+        if subject.format != "folder" or not source.rounds_activations:
+            return source.bundle
+        source.close()
+    engine = recipe.load(str(subject.path / "recipe.yaml"), techniques.find).engine
+    return pipeline.reopen(subject.path, engine, "cpu", OPTIONS)
 
 
 def ask(reader: Reader, request: dict[str, Any], work: Path) -> dict[str, Any]:

@@ -38,15 +38,16 @@ def llama_inputs(model: Any, path: Path) -> Iterator[None]:
 
 def as_stored(x: torch.Tensor, kind: str) -> torch.Tensor:
     """`x` [..., features] float32, rounded as ggml rounds the inputs of weights of type `kind`."""
+    groups: torch.Tensor
     if kind in ("F32", "F16", "BF16"):
         return x.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]).float()
     if kind.endswith("_K"):  # Q8_K: 256 features, the largest goes to −127, the scale stays float32
-        groups = x.unflatten(-1, (-1, 256))
+        groups = x.reshape(*x.shape[:-1], -1, 256)
         largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
         inverse = torch.where(largest == 0, 0, -127 / largest)
         scale = torch.where(largest == 0, 0, 1 / inverse)
         return (groups * inverse).round().clamp(max=127).mul(scale).flatten(-2)
-    groups = x.unflatten(-1, (-1, 32))  # Q8_0 and Q8_1
+    groups = x.reshape(*x.shape[:-1], -1, 32)  # Q8_0 and Q8_1
     scale = groups.abs().amax(-1, keepdim=True) / 127
     inverse = torch.where(scale == 0, 0, 1 / scale)
     return (groups * inverse).round().mul(scale.half().float()).flatten(-2)

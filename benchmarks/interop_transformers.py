@@ -24,10 +24,16 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     path = Path(request["folder"])
     place = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = path.parent if place else path
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, request["dtype"]), **place)
+    used = request["dtype"]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, used), **place)
+    except (NotImplementedError, RuntimeError, ValueError):  # compressed-tensors opens FP4 to bfloat16 alone
+        used = "bfloat16"
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **place)
     tokenizer = AutoTokenizer.from_pretrained(folder, **place)
     encoded = [list(tokenizer(text)["input_ids"]) for text in request["texts"]]
-    return {**answer(model.eval(), request), "encoded": encoded}
+    model.requires_grad_(False)
+    return {**answer(model, request), "encoded": encoded, "dtype": used}
 
 
 def answer(model: Any, request: dict[str, Any]) -> dict[str, Any]:

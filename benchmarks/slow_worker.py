@@ -38,5 +38,5 @@ class SlowEngine(TransformersEngine):
 if __name__ == "__main__":
     from infopt.engines import transformers
 
-    transformers.ENGINE = SlowEngine  # type: ignore[misc]
+    transformers.ENGINE = SlowEngine
     worker.main()

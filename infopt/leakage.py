@@ -96,10 +96,9 @@ def _fingerprints(spec: ArmSpec) -> Iterator[Fingerprint | Path]:
 
 
 def _stored(calibration_hash: str | None, path: Path) -> Iterator[Fingerprint | Path]:
-    own = texts.read_text("bundled", "calibration")
     if path.is_file():
         yield Fingerprint.read(path)
-    elif calibration_hash == texts.content_hash(own):
+    elif calibration_hash == texts.content_hash(own := texts.read_text("bundled", "calibration")):
         yield Fingerprint.whole(Words.of([Piece(0, 0, own)]))
     elif calibration_hash is not None:
         yield path

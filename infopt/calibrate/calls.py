@@ -138,7 +138,7 @@ def capture(
     forms: Forms = {}
     with lent(beside(model, blocks), device), understood(model):
         _, first = _watch(model, blocks, samples[:1], device, forms)
-        _, other = _watch(model, blocks, (samples[0][::-1],), device, {})
+        _, other = _watch(model, blocks, (samples[0][::-1],), device, forms)
         for index, (one, two) in enumerate(zip(first, other, strict=True)):
             if not _is_same(one, two):
                 raise ValueError(f"what block {index} is called with depends on the text")

@@ -51,8 +51,7 @@ class Probe:
     inputs: list[torch.Tensor]
     arguments: list[dict[int, Arguments]]
     reference: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """Probabilities [positions, vocabulary], float32."""
-    entropy: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """Log-probabilities [positions, vocabulary], float32."""
     forms: Forms = field(default_factory=dict)
 
     @staticmethod
@@ -64,9 +63,7 @@ class Probe:
         probe = Probe(bundle.model, name, found, device, ids, [hidden.to(device)], arguments)
         for index in range(len(found)):
             probe.inputs.append(probe.step(index, probe.inputs[-1]))
-        reference = probe.tail(probe.inputs[-1]).softmax(-1)
-        probe.reference = reference
-        probe.entropy = -torch.special.xlogy(reference, reference).sum(-1)
+        probe.reference = probe.tail(probe.inputs[-1]).log_softmax(-1)
         return probe
 
     @contextmanager
@@ -98,9 +95,9 @@ class Probe:
                 hidden = self.step(index, hidden)
             logits, total = self.tail(hidden), 0.0
         for start in range(0, len(logits), CHUNK):
-            part = slice(start, start + CHUNK)
-            cross = logits[part].logsumexp(-1) - (self.reference[part] * logits[part]).sum(-1)
-            total += float((cross - self.entropy[part]).sum())
+            wanted, found = self.reference[start : start + CHUNK], logits[start : start + CHUNK].log_softmax(-1)
+            # Σ p − 1 is not quite 0 in float32: differences of log-probabilities keep that from being multiplied by logits.
+            total += float((wanted.exp() * (wanted - found)).sum())
         return max(0.0, total / len(logits))
 
 

@@ -84,6 +84,20 @@ def read(section: Calibration) -> Source:
     if section.text.startswith(HUB):
         return _read_hub(section)
     path = texts.text_path(section.text, "calibration")
+    try:
+        written = path.stat()
+    except OSError:
+        return _read_file(section, path)  # which says what is wrong with it
+    return _read_unchanged(section, path, (written.st_mtime_ns, written.st_size))
+
+
+@lru_cache(maxsize=1)
+def _read_unchanged(section: Calibration, path: Path, written: tuple[int, int]) -> Source:
+    """Checks, provenance and the technique each ask for the text of one recipe."""
+    return _read_file(section, path)
+
+
+def _read_file(section: Calibration, path: Path) -> Source:
     content = read_file(path, "give plain text in UTF-8, JSONL, or `bundled`")
     if "\0" in content:
         raise InputError(f"{path}: a binary file", hint="give plain text in UTF-8, JSONL, or `bundled`")

@@ -58,6 +58,8 @@ class Source:
     """The files say how they are quantized, so they are not what `bundle` has."""
     is_rounded: bool = False
     """The weights lie on a grid already."""
+    rounds_activations: bool = False
+    """The artifact rounds what enters its layers too, which `bundle` does not."""
 
     @property
     def bundle(self) -> Bundle:
@@ -159,7 +161,8 @@ def _make_plain(source: Source) -> None:
         source.scales = {name: scale for name, scale in scales.items() if scale is not None}
         packing.open_packed(model, _plain_layer)
         source.notes.append(f"{len(packed)} layers of the source are packed: they were dequantized first")
-        if any(scheme.input_activations is not None for scheme in packed.values()):
+        source.rounds_activations = any(scheme.input_activations is not None for scheme in packed.values())
+        if source.rounds_activations:
             source.notes.append("the artifact rounds activations too; the export does not")
     elif source.is_rounded:
         with suppress(AttributeError, ValueError, NotImplementedError), quiet():  # what stays odd is refused below

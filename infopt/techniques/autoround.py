@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from infopt.backends.environments import AUTOROUND
 from infopt.layers import grid, passes
-from infopt.layers.grid import Grid, ScaleDType
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import GridTechnique, Modules, Needs, Options
+from infopt.techniques.base import GridOptions, GridTechnique, Needs
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
@@ -19,14 +18,9 @@ if TYPE_CHECKING:
 STEP_PASSES = 4.0
 
 
-class AutoRoundOptions(Options):
-    bits: Literal[2, 3, 4, 8] = 4
-    group_size: int | None = Field(default=64, ge=8)
-    symmetric: bool = True
+class AutoRoundOptions(GridOptions):
     iters: int = Field(default=50, ge=1)
     batch_size: int = Field(default=8, ge=1)
-    scale_dtype: ScaleDType = "auto"
-    ignore: Modules = ("lm_head",)
 
 
 class AutoRound(GridTechnique):
@@ -48,11 +42,6 @@ class AutoRound(GridTechnique):
     Options = AutoRoundOptions
     needs = Needs(modules=("compressed_tensors",), calibration=True, environment=AUTOROUND)
     options: AutoRoundOptions
-
-    @property
-    def _grid(self) -> Grid:
-        o = self.options
-        return Grid(o.bits, o.group_size, o.scale_dtype, o.symmetric)
 
     def check(self, shapes: Shapes, path: str) -> None:
         super().check(shapes, path)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from infopt.layers import grid, passes
-from infopt.layers.grid import Grid, ScaleDType
+from infopt.layers.grid import Grid
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import GridTechnique, Modules, Needs, Options
+from infopt.techniques.base import GridOptions, GridTechnique, Needs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,14 +26,9 @@ CUTS = tuple(1 - step / 20 for step in range(10))
 SILENT = 1e-4
 
 
-class AwqOptions(Options):
-    bits: Literal[2, 3, 4, 8] = 4
-    group_size: int | None = Field(default=64, ge=8)
-    symmetric: bool = True
+class AwqOptions(GridOptions):
     points: int = Field(default=10, ge=1)
     clip: bool = True
-    scale_dtype: ScaleDType = "auto"
-    ignore: Modules = ("lm_head",)
 
 
 class Awq(GridTechnique):
@@ -61,11 +56,6 @@ class Awq(GridTechnique):
     needs = Needs(modules=("compressed_tensors",), calibration=True)
     walks = True
     options: AwqOptions
-
-    @property
-    def _grid(self) -> Grid:
-        o = self.options
-        return Grid(o.bits, o.group_size, o.scale_dtype, o.symmetric)
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.calibrate import blocks

@@ -7,16 +7,16 @@ that a recipe can be checked in milliseconds.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from infopt.layers import grid
-from infopt.layers.grid import Grid
+from infopt.layers.grid import Grid, ScaleDType
 from infopt.needs import Needs
 from infopt.protocols import Context, Machine, Prediction, Shapes
 
-__all__ = ["GridTechnique", "Modules", "Needs", "Options", "Technique"]
+__all__ = ["GridOptions", "GridTechnique", "Modules", "Needs", "Options", "Technique"]
 
 Modules = Annotated[tuple[str, ...], Field(strict=False)]
 """Names of modules, as globs over dotted names or as last parts; a list in YAML."""
@@ -89,10 +89,20 @@ class Technique:
         return bundle
 
 
+class GridOptions(Options):
+    """Which layers, and the integers that their weights become."""
+
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: int | None = Field(default=64, ge=8)
+    symmetric: bool = True
+    scale_dtype: ScaleDType = "auto"
+    ignore: Modules = ("lm_head",)
+
+
 class GridTechnique(Technique):
     """Base of techniques that round linear layers to one grid and store them as compressed-tensors.
 
-    Subclasses say which and override `apply`; their options have `ignore`.
+    Subclasses override `apply`, and `_grid` where their options are not `GridOptions`; these have `ignore`.
     """
 
     needs = Needs(modules=("compressed_tensors",))
@@ -101,7 +111,8 @@ class GridTechnique(Technique):
 
     @property
     def _grid(self) -> Grid:
-        raise NotImplementedError
+        o = self.options
+        return Grid(o.bits, o.group_size, o.scale_dtype, o.symmetric)
 
     def check(self, shapes: Shapes, path: str) -> None:
         grid.check(self._grid, shapes, self.options.ignore, path)

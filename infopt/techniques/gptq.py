@@ -9,9 +9,9 @@ from pydantic import Field
 
 from infopt.errors import InputError
 from infopt.layers import passes
-from infopt.layers.grid import Grid, ScaleDType
+from infopt.layers.grid import Grid
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import GridTechnique, Modules, Needs, Options
+from infopt.techniques.base import GridOptions, GridTechnique, Needs
 
 if TYPE_CHECKING:
     import torch
@@ -24,17 +24,12 @@ if TYPE_CHECKING:
 COLUMNS = 128
 
 
-class GptqOptions(Options):
-    bits: Literal[2, 3, 4, 8] = 4
-    group_size: int | None = Field(default=64, ge=8)
-    symmetric: bool = True
+class GptqOptions(GridOptions):
     activations: Literal["none", "token"] = "none"
     act_order: bool = True
     clip: bool = True
     damping: float = Field(default=0.01, gt=0, lt=1)
     true_sequential: bool = True
-    scale_dtype: ScaleDType = "auto"
-    ignore: Modules = ("lm_head",)
 
 
 class Gptq(GridTechnique):

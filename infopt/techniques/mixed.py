@@ -15,12 +15,15 @@ from infopt.layers.grid import Grid, ScaleDType
 from infopt.protocols import Context, Machine, Prediction, Shapes
 from infopt.result import write_atomic
 from infopt.techniques.base import GridTechnique, Modules, Needs, Options
-from infopt.techniques.gptq import Gptq, GptqOptions
+from infopt.techniques.gptq import Gptq, GptqOptions, round_columns
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import nn
 
+    from infopt.calibrate.blocks import Block
     from infopt.calibrate.sensitivity import Probe, Unit
     from infopt.model.bundle import Bundle
 
@@ -83,6 +86,10 @@ class Mixed(GridTechnique):
     def _grid(self) -> Grid:
         return self._of_width(max(self.options.widths))
 
+    @property
+    def _gptq(self) -> Gptq:
+        return Gptq(GptqOptions(group_size=self.options.group_size, ignore=self.options.ignore))
+
     def _of_width(self, bits: int) -> Grid:
         o = self.options
         return Grid(bits, o.group_size, o.scale_dtype, o.symmetric)
@@ -104,7 +111,8 @@ class Mixed(GridTechnique):
         held_out, rest = self._split(context.calibration_ids)
         context.progress("the model's own answers")
         probe = Probe.of(bundle, held_out, torch.device(context.device))
-        units = self._units(probe, context)
+        context = replace(context, calibration_ids=rest)
+        units = self._units(probe, bundle, context)
         allot(units, self._budget(units), self.options.max_kld or 0.0)
         if self.options.max_kld is not None and predicted(units) > self.options.max_kld:
             raise InputError(
@@ -112,7 +120,7 @@ class Mixed(GridTechnique):
                 hint="a higher max_kld, or wider widths",
             )
         grids = {layer: self._of_width(unit.bits) for unit in units for layer in unit.layers}
-        packed = self._round(bundle, replace(context, calibration_ids=rest), grids)
+        packed = self._round(bundle, context, grids)
         found = description(units, probe.kld(), len(held_out) * len(held_out[0]))
         files = {**bundle.files, "sensitivity.json": json.dumps(found, indent=1) + "\n", "sensitivity.svg": plot(found)}
         return replace(packing.finish(bundle, packed, grids), files=files)
@@ -127,8 +135,10 @@ class Mixed(GridTechnique):
         count = max(1, min(PROBE_TOKENS // len(samples[0]), len(samples) // 4))
         return tuple(sample[:PROBE_TOKENS] for sample in samples[:count]), samples[count:]
 
-    def _units(self, probe: Probe, context: Context) -> list[Unit]:
+    def _units(self, probe: Probe, bundle: Bundle, context: Context) -> list[Unit]:
         """Every unit measured at every width; read again where an interrupted run had come so far."""
+        from infopt.calibrate import blocks
+        from infopt.calibrate.hessian import Hessian
         from infopt.calibrate.sensitivity import Unit
 
         kept = context.unfinished / "sensitivity.json" if context.unfinished else None
@@ -136,46 +146,47 @@ class Mixed(GridTechnique):
         if kept and kept.is_file():
             read = json.loads(kept.read_text(), object_hook=_widths)
             found = [[Unit(**{**unit, "layers": tuple(unit["layers"])}) for unit in block] for block in read]
-        for index in range(len(found), len(probe.blocks)):
-            context.progress(f"sensitivity {index + 1}/{len(probe.blocks)}")
-            with probe.block(index, self.options.ignore) as block:
-                seen: dict[str, torch.Tensor] = {}
-                block.observe([stage[0] for stage in block.stages], lambda name, x, to=seen: to.update({name: x}))  # type: ignore[misc]
-                found.append(
-                    [
-                        self._measured(probe, index, {name: block.linears[name] for name in stage}, seen[stage[0]])
-                        for stage in block.stages
-                    ]
-                )
+
+        def work(block: Block) -> None:
+            if block.index < len(found):
+                return
+            hessians = {stage[0]: Hessian() for stage in block.stages}
+            block.observe(hessians, lambda name, x: hessians[name].add(x))
+            found.append([self._measured(probe, block, stage, hessians.pop(stage[0]).mean()) for stage in block.stages])
             if kept:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(kept, json.dumps([[asdict(unit) for unit in units] for units in found]))
+
+        said = replace(context, unfinished=None, progress=lambda line: context.progress(f"sensitivity, {line}"))
+        blocks.walk(bundle, said, self.options.ignore, work)
         return [unit for units in found for unit in units]
 
-    def _measured(self, probe: Probe, index: int, layers: dict[str, nn.Linear], x: torch.Tensor) -> Unit:
-        """A unit at every width; `x` [tokens, in] are its inputs."""
+    def _measured(self, probe: Probe, block: Block, names: tuple[str, ...], hessian: torch.Tensor) -> Unit:
+        """A unit at every width; `hessian` [in, in] is that of its inputs."""
         from infopt.calibrate.sensitivity import Unit, measure
 
-        unit, importance = Unit(tuple(layers), {}, {}), x.float().square().mean(0)
+        unit, layers = Unit(names, {}, {}), [block.linears[name] for name in names]
         for width in sorted(self.options.widths):
             rule = self._of_width(width)
-            unit.kld[width] = measure(
-                probe, index, {layer: self._rounded(layer.weight, rule, importance) for layer in layers.values()}
-            )
+            unit.kld[width] = measure(probe, block.index, dict(zip(layers, self._rounded(layers, rule, hessian), strict=True)))
             unit.bytes[width] = sum(
-                rule.stored_bytes((layer.out_features, layer.in_features), layer.weight.element_size())
-                for layer in layers.values()
+                rule.stored_bytes((layer.out_features, layer.in_features), layer.weight.element_size()) for layer in layers
             )
         return unit
 
-    def _rounded(self, weight: torch.Tensor, rule: Grid, importance: torch.Tensor) -> torch.Tensor:
-        """To nearest, with the ranges that the method will use."""
+    def _rounded(self, layers: list[nn.Linear], rule: Grid, hessian: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Weights as the method rounds them, if nothing before them was."""
+        import torch
+
         from infopt.layers import packing
 
-        w, dtype = weight.detach().float(), weight.dtype
-        cut = self.options.method == "gptq"
-        scales = packing.fit_cut(w, importance, rule, dtype) if cut else packing.fit(w, rule, dtype)
-        return packing.rounded(w, scales, rule).to(dtype)
+        weight, dtype = torch.cat([layer.weight.float() for layer in layers]), layers[0].weight.dtype
+        if self.options.method == "gptq":
+            o = self._gptq.options
+            dense, _ = round_columns(weight, hessian.clone(), rule, dtype, o.act_order, o.damping, o.clip)
+        else:
+            dense = packing.rounded(weight, packing.fit(weight, rule, dtype), rule)
+        return torch.split(dense.to(dtype), [layer.out_features for layer in layers])
 
     def _budget(self, units: list[Unit]) -> float:
         """Bytes of all units at `average_bits`, between those of the whole numbers of bits around it."""
@@ -191,8 +202,7 @@ class Mixed(GridTechnique):
         from infopt.layers import packing
 
         if self.options.method == "gptq":
-            gptq = Gptq(GptqOptions(group_size=self.options.group_size, ignore=self.options.ignore))
-            return gptq.round_blocks(bundle, context, grids.__getitem__)
+            return self._gptq.round_blocks(bundle, context, grids.__getitem__)
         packed = {}
         for name, rule in grids.items():
             layer = bundle.model.get_submodule(name)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from infopt.layers import grid, passes
-from infopt.layers.grid import Grid, ScaleDType
 from infopt.protocols import Context, Machine, Prediction, Shapes
-from infopt.techniques.base import GridTechnique, Modules, Needs, Options
+from infopt.techniques.base import GridOptions, GridTechnique, Needs
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
@@ -22,15 +21,10 @@ PASSES = 8
 HELD_BYTES = 5 * 4
 
 
-class QatOptions(Options):
-    bits: Literal[2, 3, 4, 8] = 4
-    group_size: int | None = Field(default=64, ge=8)
-    symmetric: bool = True
+class QatOptions(GridOptions):
     epochs: int = Field(default=2, ge=1)
     learning_rate: float = Field(default=0.0003, gt=0)
     batch: int = Field(default=1, ge=1)
-    scale_dtype: ScaleDType = "auto"
-    ignore: Modules = ("lm_head",)
 
 
 class Qat(GridTechnique):
@@ -55,11 +49,6 @@ class Qat(GridTechnique):
     Options = QatOptions
     needs = Needs(modules=("compressed_tensors",), calibration=True)
     options: QatOptions
-
-    @property
-    def _grid(self) -> Grid:
-        o = self.options
-        return Grid(o.bits, o.group_size, o.scale_dtype, o.symmetric)
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.calibrate.distillation import Schedule, distill

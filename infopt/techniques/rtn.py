@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from infopt.layers.grid import Grid, ScaleDType
+from infopt.layers.grid import Grid
 from infopt.protocols import Context
-from infopt.techniques.base import GridTechnique, Modules, Options
+from infopt.techniques.base import GridOptions, GridTechnique
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
 
 
-class RtnOptions(Options):
-    bits: Literal[2, 3, 4, 8] = 4
-    group_size: int | None = Field(default=64, ge=8)
-    symmetric: bool = True
+class RtnOptions(GridOptions):
     activations: Literal["none", "token"] = "none"
-    scale_dtype: ScaleDType = "auto"
-    ignore: Modules = ("lm_head",)
 
 
 class Rtn(GridTechnique):
