@@ -24,16 +24,19 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     path = Path(request["folder"])
     place = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     folder = path.parent if place else path
-    used = request["dtype"]
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, used), **place)
-    except (NotImplementedError, RuntimeError, ValueError):  # compressed-tensors opens FP4 to bfloat16 alone
-        used = "bfloat16"
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **place)
     tokenizer = AutoTokenizer.from_pretrained(folder, **place)
     encoded = [list(tokenizer(text)["input_ids"]) for text in request["texts"]]
-    model.requires_grad_(False)
-    return {**answer(model, request), "encoded": encoded, "dtype": used}
+
+    def answered(dtype: str) -> dict[str, Any]:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **place)
+        return {**answer(model.requires_grad_(False), request), "encoded": encoded, "dtype": dtype}
+
+    try:
+        return answered(request["dtype"])
+    except (NotImplementedError, RuntimeError, ValueError) as error:  # compressed-tensors opens FP4 to bfloat16 alone
+        if "dtype" not in str(error):
+            raise
+        return answered("bfloat16")
 
 
 def answer(model: Any, request: dict[str, Any]) -> dict[str, Any]:

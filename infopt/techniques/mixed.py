@@ -60,17 +60,17 @@ class Mixed(GridTechnique):
     """Measures what each layer costs at each width, and spends a budget of bytes, or of KLD, where it buys most.
 
     Layers differ in how much rounding them moves the model's answers (HAWQ, arXiv 1905.03696, by the Hessian's largest
-    eigenvalue). Here nothing is modelled: each unit is rounded alone, at each width, and the KLD of the final distribution is
-    measured on calibration text that the rounding never sees. KLDs of units are taken to add up; the artifact's
-    `sensitivity.json` says what was predicted so and what was then measured, `sensitivity.svg` shows both choices and costs.
-    Units are the layers that engines fuse and that read the same input: q, k and v; o; gate and up; down.
+    eigenvalue). Here nothing is modelled: each unit is rounded alone, at each width, by the method itself, and the KLD of the
+    final distribution is measured on calibration text that the rounding never sees. KLDs of units are taken to add up; the
+    artifact's `sensitivity.json` says what was predicted so and what was then measured, `sensitivity.svg` shows both choices and
+    costs. Units are the layers that engines fuse and that read the same input: q, k and v; o; gate and up; down.
 
     average_bits  the size that every layer at so many bits would have, scales included; default None (null), which is 4.0
                   where max_kld is not given.
     max_kld       nats that the sum of the units' KLD may reach, at least bytes; default None (null). Instead of average_bits.
     widths        bits to choose from, of 2, 3, 4, 5, 6 and 8; default [3, 4, 5, 6]. [4, 8] where vLLM is to run it.
-    method        how layers are rounded in the end: gptq (default), or rtn. Sensitivities are those of rounding to nearest,
-                  with ranges cut as gptq cuts them where that is the method.
+    method        how layers are rounded, to measure and in the end: gptq (default), or rtn. Measured by rounding to nearest,
+                  the widths would be those that suit rounding: gptq then gains nothing on one width for all.
     group_size    input features that share a scale, ≥ 8, default 64; must divide every layer's inputs. null: per row.
     symmetric     true (default): q·scale. false: (q − zero)·scale.
     scale_dtype   what scales are stored in: auto (the model's dtype, default), float32, bfloat16, float16.
@@ -158,7 +158,8 @@ class Mixed(GridTechnique):
                 write_atomic(kept, json.dumps([[asdict(unit) for unit in units] for units in found]))
 
         said = replace(context, unfinished=None, progress=lambda line: context.progress(f"sensitivity, {line}"))
-        blocks.walk(bundle, said, self.options.ignore, work)
+        if len(found) < len(probe.blocks):
+            blocks.walk(bundle, said, self.options.ignore, work)
         return [unit for units in found for unit in units]
 
     def _measured(self, probe: Probe, block: Block, names: tuple[str, ...], hessian: torch.Tensor) -> Unit:
@@ -222,7 +223,10 @@ class Mixed(GridTechnique):
             replace(wide, weights_bytes=stored), before, shapes, PROBE_TOKENS, machine,
             passes=2 * shapes.layers * len(self.options.widths), hessians=False,
         )  # fmt: skip
-        return runs if self.options.method == "rtn" else passes.add(runs, before, shapes, self.calibration_tokens, machine)
+        if self.options.method == "rtn":
+            return runs
+        # Hessians for the sensitivities, and those that gptq gathers block by block.
+        return passes.add(runs, before, shapes, 2 * self.calibration_tokens, machine)
 
 
 def _widths(found: dict[str, Any]) -> dict[Any, Any]:

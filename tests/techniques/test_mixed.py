@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from stub_techniques import CALIBRATION, chosen
 
+from infopt.calibrate import sensitivity
 from infopt.calibrate.sensitivity import Probe, Unit, allot, hull, measure, predicted
 from infopt.errors import InputError, RecipeError
 from infopt.layers import packing
@@ -184,16 +185,22 @@ def test_budgets_that_make_no_sense_are_refused(make: Callable[..., Any], tiny_b
         make("mixed").apply(tiny_bundle, replace(CONTEXT, calibration_ids=CALIBRATION[:1]))
 
 
-def test_sensitivities_are_not_measured_twice(make: Callable[..., Any], tmp_path: Path) -> None:
+def test_sensitivities_are_not_measured_twice(make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
+    measured: list[int] = []
+    measure = sensitivity.measure
+    monkeypatch.setattr(
+        sensitivity, "measure", lambda probe, index, *rest: (measured.append(index), measure(probe, index, *rest))[1]
+    )
     context = replace(CONTEXT, unfinished=tmp_path / "0-mixed", progress=lines.append)
-    stopping = replace(context, progress=lambda line: (lines.append(line), line.startswith("sensitivity 2/") and sys.exit()))
+    stopping = replace(context, progress=lambda line: (lines.append(line), line == "sensitivity, block 2/2" and sys.exit()))
     with pytest.raises(SystemExit):
         make("mixed").apply(opened(), stopping)
-    assert lines[-2:] == ["sensitivity 1/2", "sensitivity 2/2"]
-    lines.clear()
+    assert lines[-2:] == ["sensitivity, block 1/2", "sensitivity, block 2/2"]
+    assert set(measured) == {0}
+    measured.clear()
     first = make("mixed").apply(opened(), context)
-    assert [line for line in lines if line.startswith("sensitivity")] == ["sensitivity 2/2"], "the first block is known"
+    assert set(measured) == {1}, "the first block is known"
     assert first.files == make("mixed").apply(opened(), CONTEXT).files
     lines.clear()
     again = make("mixed").apply(opened(), context)
