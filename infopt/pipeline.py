@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infopt import artifact, engines, recipe, techniques
 from infopt.arms import ArmSpec
 from infopt.data import calibration
 from infopt.data.calibration import Source
 from infopt.errors import InputError, MissingNeedError, RecipeError
-from infopt.measure import environment, nvml, peaks
+from infopt.measure import environment, memory, nvml, peaks
 from infopt.measure.clock import WallClock
 from infopt.model import load, reference, shapes
 from infopt.model.cache import cache_dir
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 64
 """Length of the text on which a saved model is compared with the one that was made."""
+NATIVE = "native"
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -239,7 +240,10 @@ def finish(folder: Path, chosen: Recipe, at_load: Sequence[int], device: str, op
     bundle = load.load(reference.parse(str(folder), trust_remote_code=options.trust_remote_code), plan, progress)
     context = Context(seed=options.seed, device=device, progress=progress)
     for index, technique in enumerate(found):
-        bundle = technique.apply(bundle, context) if index in at_load else technique.reopen(bundle)
+        if index in at_load:
+            bundle = technique.apply(bundle, context)
+        elif chosen.engine.name != NATIVE:  # which packs what was stored
+            bundle = technique.reopen(bundle)
     return replace(bundle, steps=tuple(step.name for step in chosen.steps))
 
 
@@ -249,10 +253,28 @@ def open_arm(spec: ArmSpec, device: str, options: LoadOptions, progress: Progres
     Weight steps are applied once, by `optimize.ensure`, never here: asking for them is a mistake of the caller.
     """
     if spec.is_artifact:
-        return reopen(Path(spec.model), spec.recipe.engine, device, options, progress)
-    assert not changes_weights(spec.recipe), "open an arm's artifact, not its recipe"
-    plan = load_plan(spec.recipe, device, trust_remote_code=options.trust_remote_code)
-    return load.load(resolve(spec.model, options), plan, progress)
+        bundle = reopen(Path(spec.model), spec.recipe.engine, device, options, progress)
+    else:
+        assert not changes_weights(spec.recipe), "open an arm's artifact, not its recipe"
+        plan = load_plan(spec.recipe, device, trust_remote_code=options.trust_remote_code)
+        bundle = load.load(resolve(spec.model, options), plan, progress)
+    return _natively(bundle, spec.recipe, device, progress) if spec.recipe.engine.name == NATIVE else bundle
+
+
+def _natively(bundle: Bundle, chosen: Recipe, device: str, progress: Progress) -> Bundle:
+    """The bundle with its module replaced by what the native engine runs."""
+    import torch
+
+    from infopt.runtime.native_model import Settings, open_native
+
+    if device != "cpu":
+        raise InputError(f"the native engine runs on CPUs, not on {device}", hint="--device cpu, or engine: {name: transformers}")
+    section, kv = chosen.engine, "float16" if chosen.cache.dtype == "auto" else chosen.cache.dtype
+    settings = Settings(torch.get_num_threads(), section.weights, section.head, kv, most_kv_bytes=memory.available() // 2)
+    opened: Any = open_native(bundle.model, settings, progress)
+    for line in opened.unfit:
+        progress(line)
+    return replace(bundle, model=opened)
 
 
 def engine(bundle: Bundle, chosen: Recipe) -> Engine:
@@ -262,10 +284,11 @@ def engine(bundle: Bundle, chosen: Recipe) -> Engine:
     made: Engine = make(
         bundle.model,
         pad_token_id=bundle.tokenizer.pad_token_id,
-        sampling=Sampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.candidates),
+        sampling=Sampling(**sampling.model_dump()),
         cache=cache.kind,
         prefix=cache.prefix,
-        prompt_lookup=chosen.speculative.tokens if chosen.speculative else None,
+        draft=chosen.speculative.draft if chosen.speculative else None,
+        draft_tokens=None if chosen.speculative is None or chosen.speculative.tokens == "auto" else chosen.speculative.tokens,
         compile=section.compile,
     )
     return made

@@ -54,6 +54,10 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     candidates: int = 1
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest one are ruled out."""
+    repetition_penalty: float = 1.0
+    """Above 1: what was seen, prompt included, becomes less likely."""
 
 
 class Engine(Protocol):

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -39,27 +39,37 @@ class Section(BaseModel):
 
 
 class Speculative(Section):
-    """`prompt_lookup`: n-grams of the prompt and output so far are the draft; `tokens` is the longest draft."""
+    """`prompt_lookup`: n-grams of the prompt and output so far are the draft. `tokens` is the longest draft; auto: as many as
+    pay in the native engine, 10 elsewhere."""
 
     draft: Literal["prompt_lookup"]
-    tokens: int = Field(default=10, ge=1, le=64)
+    tokens: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 10
 
 
 class SamplingSection(Section):
     temperature: float = Field(default=0.0, ge=0, le=5)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
     candidates: int = Field(default=1, ge=1, le=256)
 
 
 class Cache(Section):
+    """`dtype`: of keys and values in the native engine, auto being float16; elsewhere they are in the model's."""
+
     kind: Literal["dynamic", "static"] = "dynamic"
-    dtype: Literal["auto"] = "auto"
+    dtype: Literal["auto", "float32", "float16"] = "auto"
     prefix: bool = False
 
 
 class EngineSection(Section):
+    """`weights` and `head` are the native engine's: what it turns floating-point weights into as it opens a model. Integers have
+    groups of 32 inputs; auto keeps the type that they have, and makes the head int8 where other weights are integers."""
+
     name: str = "transformers"
+    weights: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    head: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     dtype: DType = "auto"
     compile: Literal["never", "auto"] = "never"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"

@@ -137,6 +137,8 @@ class OpenArm:
         """What the parent needs for the limits: shapes, bytes that a step reads, and what it multiplies in."""
         dtype = str(self.bundle.model.dtype).removeprefix("torch.")
         element = pipeline.ELEMENT_BYTES[dtype]
+        if self.engine.name == pipeline.NATIVE:
+            return self._native_traffic()
         found = pipeline.build_techniques(self.spec.recipe, self.shapes, self.device)
         # As stored, or as held in memory where steps ran at load or a .gguf file was dequantized.
         is_held = self.reference.kind == "gguf" or pipeline.first_at_load(self.spec.recipe, found) < len(found)
@@ -146,6 +148,16 @@ class OpenArm:
             "weights_bytes": stored if is_held else roofline.touched_weight_bytes(self.shapes, stored, element),
             "kv_element_bytes": element,
             "dtype": next((each.arithmetic for each in reversed(found) if each.arithmetic), dtype),
+        }
+
+    def _native_traffic(self) -> dict[str, Any]:
+        """What the native engine packed, and multiplies in."""
+        model: Any = self.bundle.model
+        return {
+            "shapes": asdict(self.shapes),
+            "weights_bytes": model.step.read_bytes,
+            "kv_element_bytes": round(model.step.kv_bytes(1) / self.shapes.kv_bytes_per_token(1)),
+            "dtype": "int8" if any(packed.scales is not None for packed in model.step.packed) else "float32",
         }
 
     def _held_bytes(self) -> int:

@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 Now = Callable[[], float]
+PROMPT_LOOKUP = 10
 
 
 class TransformersEngine:
     """One open model behind `generate`. Requests of one call are left-padded into one static batch.
 
     `cache`: "dynamic" grows, "static" is allocated in full at the start of each call. `prefix` keeps the last request's
-    KV and reuses its longest common token prefix (batch 1). `prompt_lookup`: draft up to that many tokens per step from
-    the text itself (batch 1). `compile`: "auto" leaves it to transformers, which compiles decode steps on CUDA with a
-    static cache. Of the model's own generation config only the special tokens count: sampling is `sampling` alone.
+    KV and reuses its longest common token prefix (batch 1). `draft`: prompt_lookup, tokens from the text itself, up to
+    `draft_tokens` per step, 10 when None (batch 1). `compile`: "auto" leaves it to transformers, which compiles decode
+    steps on CUDA with a static cache. Of the model's own generation config only the special tokens count: sampling is
+    `sampling` alone.
     Raises InputError for settings that do not go together.
     """
 
@@ -44,12 +46,14 @@ class TransformersEngine:
         sampling: Sampling | None = None,
         cache: Literal["dynamic", "static"] = "dynamic",
         prefix: bool = False,
-        prompt_lookup: int | None = None,
+        draft: str | None = None,
+        draft_tokens: int | None = None,
         compile: Literal["never", "auto"] = "never",
         now: Now = time.perf_counter,
     ) -> None:
         self.model: Any = model  # `generate` comes from a mixin that its type does not show
         self.sampling = sampling or Sampling()
+        prompt_lookup = (PROMPT_LOOKUP if draft_tokens is None else draft_tokens) if draft else None
         self._cache_kind, self._prompt_lookup, self._compile, self._now = cache, prompt_lookup, compile, now
         _check_settings(model, self.sampling, cache, prefix, prompt_lookup)
         self._prefix = _PrefixCache(model) if prefix else None
@@ -136,12 +140,15 @@ class TransformersEngine:
             options["cache_implementation"] = "static"
         if self._prompt_lookup:
             options["prompt_lookup_num_tokens"] = self._prompt_lookup
+        if self.sampling.repetition_penalty != 1:
+            options["repetition_penalty"] = self.sampling.repetition_penalty
         if self.sampling.temperature > 0:
             options |= {
                 "do_sample": True,
                 "temperature": self.sampling.temperature,
                 "top_p": self.sampling.top_p,
                 "top_k": self.sampling.top_k,
+                "min_p": self.sampling.min_p or None,
             }
         else:
             options["do_sample"] = False

@@ -111,3 +111,10 @@ class MemoryWatch:
             "torch_peak_bytes": value("torch_peak_bytes", torch_peak, reason="torch keeps no peak for the CPU"),
             "device_peak_bytes": value("device_peak_bytes", device, reason=self._gpu_reason or "the driver does not tell"),
         }
+
+
+def available() -> int:
+    """Bytes that the system could still hand out."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)

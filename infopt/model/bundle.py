@@ -41,6 +41,9 @@ class Bundle:
 
     def resident_bytes(self) -> int:
         """Bytes of all parameters and buffers held now, tied tensors counted once, packed ones as packed."""
+        held: int | None = getattr(self.model, "resident_bytes", None)
+        if held is not None:  # the native engine's own weights
+            return held
         tensors = chain(self.model.parameters(), self.model.buffers(), _hidden(self.model))
         # The storages are held until all are counted, so that no address is seen twice.
         seen = {part.untyped_storage().data_ptr(): part.untyped_storage() for tensor in tensors for part in _plain(tensor)}

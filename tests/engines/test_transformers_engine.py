@@ -19,8 +19,8 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"cache": "static"},
     {"prefix": True},
-    {"prompt_lookup": 4},
-    {"prefix": True, "prompt_lookup": 4},
+    {"draft": "prompt_lookup", "draft_tokens": 4},
+    {"prefix": True, "draft": "prompt_lookup", "draft_tokens": 4},
     {"compile": "auto"},
 ]
 
@@ -105,7 +105,7 @@ def test_every_token_is_emitted_once_and_in_time(model: LlamaForCausalLM, settin
 
 
 def test_prompt_lookup_counts_its_drafts(model: LlamaForCausalLM) -> None:
-    trace = TransformersEngine(model, prompt_lookup=4).generate([request(REPETITIVE, 20)])
+    trace = TransformersEngine(model, draft="prompt_lookup", draft_tokens=4).generate([request(REPETITIVE, 20)])
     assert max(trace.emission_tokens) > 1
     assert trace.drafted
     # Each step emits one token of the model's own beside the accepted ones.
@@ -141,7 +141,7 @@ def test_the_prefix_cache_reuses_the_common_prefix_and_counts_it(model: LlamaFor
 
 
 def test_a_failed_call_leaves_no_prefix_and_no_hooks_behind(model: LlamaForCausalLM) -> None:
-    engine = TransformersEngine(model, prefix=True, prompt_lookup=4)
+    engine = TransformersEngine(model, prefix=True, draft="prompt_lookup", draft_tokens=4)
     engine.generate([request(REPETITIVE, 4)])
     with pytest.raises(IndexError):
         engine.generate([request([*REPETITIVE, 1000], 4)])
@@ -218,10 +218,10 @@ def test_a_static_cache_is_sized_for_its_call_alone(model: LlamaForCausalLM) -> 
     ("settings", "message"),
     [
         ({"cache": "static", "prefix": True}, "prefix cache needs the dynamic cache"),
-        ({"cache": "static", "prompt_lookup": 4}, "prompt lookup needs the dynamic cache"),
-        ({"prompt_lookup": 0}, "allowed: 1 or more"),
+        ({"cache": "static", "draft": "prompt_lookup", "draft_tokens": 4}, "prompt lookup needs the dynamic cache"),
+        ({"draft": "prompt_lookup", "draft_tokens": 0}, "allowed: 1 or more"),
         ({"sampling": Sampling(candidates=2)}, "greedy decoding has exactly 1"),
-        ({"sampling": Sampling(1.0, candidates=2), "prompt_lookup": 4}, "one row at a time"),
+        ({"sampling": Sampling(1.0, candidates=2), "draft": "prompt_lookup", "draft_tokens": 4}, "one row at a time"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(model: LlamaForCausalLM, settings: dict[str, Any], message: str) -> None:
@@ -238,7 +238,7 @@ def test_settings_that_do_not_go_together_are_refused(model: LlamaForCausalLM, s
         ({}, [request([1], 4), request([1], 5)], "must be equal"),
         ({}, [request([1] * 120, 9)], "129 tokens; the model's context allows 128"),
         ({"prefix": True}, [request([1]), request([1])], "prefix cache takes 1 request"),
-        ({"prompt_lookup": 4}, [request([1]), request([1])], "prompt lookup takes 1 request"),
+        ({"draft": "prompt_lookup", "draft_tokens": 4}, [request([1]), request([1])], "prompt lookup takes 1 request"),
     ],
 )
 def test_requests_that_cannot_run_are_refused(

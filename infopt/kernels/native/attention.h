@@ -1,0 +1,159 @@
+// Attention of new tokens over the pages of their sequence.
+//
+// A page holds `page` positions of every layer and key/value head: first the keys, in blocks of 16 positions, [block]
+// [head_dim][16], so that sixteen scores are made at a time without adding across lanes; then the values, [position]
+// [head_dim padded to 16].
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "interface.h"
+#include "lanes.h"
+
+namespace INFOPT_ISA {
+
+constexpr int ROWS = 6;  // queries that share a pass over the keys
+
+static inline int padded(int n, int to = LANES) { return (n + to - 1) / to * to; }
+
+static inline int64_t head_elements(const Model& m) { return int64_t(m.page) * (m.head_dim + padded(m.head_dim)); }
+
+static inline int64_t page_bytes(const Model& m) {
+    return head_elements(m) * m.layers * m.kv_heads * (m.kv_is_half ? 2 : 4);
+}
+
+static inline F load_kv(const float* p) { return load(p); }
+static inline F load_kv(const uint16_t* p) { return load_half(p); }
+static inline void store_kv(float* p, const float* from, int n) { memcpy(p, from, size_t(n) * 4); }
+static inline void store_kv(uint16_t* p, const float* from, int n) {
+    alignas(64) float whole[LANES] = {};
+    uint16_t halves[LANES];
+    for (int i = 0; i < n; i += LANES) {
+        const int count = n - i < LANES ? n - i : LANES;
+        memcpy(whole, from + i, size_t(count) * 4);
+        store_half(halves, load(whole));
+        memcpy(p + i, halves, size_t(count) * 2);
+    }
+}
+
+// One layer and key/value head within the pages of a sequence.
+template <class T>
+struct Cache {
+    const Model& m;
+    void* const* pages;
+    int64_t offset;  // elements from a page's start
+
+    Cache(const Model& model, void* const* pages, int layer, int head)
+        : m(model), pages(pages), offset((int64_t(layer) * model.kv_heads + head) * head_elements(model)) {}
+
+    T* start(int position) const { return (T*)pages[position / m.page] + offset; }
+    T* keys(int position) const { return start(position) + int64_t(position % m.page / LANES) * LANES * m.head_dim; }
+    T* values(int position) const {
+        return start(position) + int64_t(m.page) * m.head_dim + int64_t(position % m.page) * padded(m.head_dim);
+    }
+    void write(int position, const float* key, const float* value) const {
+        T* to = keys(position) + position % LANES;
+        T stored[512];
+        store_kv(stored, key, m.head_dim);
+        for (int d = 0; d < m.head_dim; d++) to[int64_t(d) * LANES] = stored[d];
+        store_kv(values(position), value, m.head_dim);
+    }
+};
+
+// Up to ROWS queries, and the positions [first, last) that they look at here.
+struct Queries {
+    int rows, first, last;
+    const float* query[ROWS];  // [head_dim]
+    int reach[ROWS];           // one past the last position that a row may see
+    int from[ROWS];            // the first that it may
+};
+
+// What one pass leaves: not yet divided by `total`. For a row that sees nothing here, `most` is −∞.
+struct Partial {
+    float most[ROWS], total[ROWS];
+};
+
+// scores [rows][positions padded to 16] = scale·q·k, −∞ where a row may not look.
+template <class T, int N>
+static void score(const Cache<T>& cache, const Queries& q, float scale, float* scores, int stride) {
+    const int dim = cache.m.head_dim, begin = q.first / LANES * LANES;
+    for (int p = begin; p < q.last; p += LANES) {
+        const T* keys = cache.keys(p);
+        F sums[N];
+        for (int r = 0; r < N; r++) sums[r] = zero();
+        for (int d = 0; d < dim; d++) {
+            const F k = load_kv(keys + int64_t(d) * LANES);
+            for (int r = 0; r < N; r++) sums[r] = fma(k, set1(q.query[r][d]), sums[r]);
+        }
+        for (int r = 0; r < N; r++) {
+            float* to = scores + int64_t(r) * stride + (p - begin);
+            store(to, mul(sums[r], set1(scale)));
+            const int low = q.from[r] > q.first ? q.from[r] : q.first, high = q.reach[r] < q.last ? q.reach[r] : q.last;
+            if (p < low || p + LANES > high)
+                for (int i = 0; i < LANES; i++)
+                    if (p + i < low || p + i >= high) to[i] = -INFINITY;
+        }
+    }
+}
+
+// out [rows][head_dim padded] = Σ weight·v, 64 numbers of the head at a time.
+template <class T, int N>
+static void gather(const Cache<T>& cache, const Queries& q, const float* weights, int stride, float* out) {
+    constexpr int WIDE = N > 3 ? 2 : 4;
+    const int width = padded(cache.m.head_dim), begin = q.first / LANES * LANES;
+    for (int d = 0; d < width; d += WIDE * LANES) {
+        const int parts = (width - d) / LANES < WIDE ? (width - d) / LANES : WIDE;
+        F sums[N][WIDE];
+        for (int r = 0; r < N; r++)
+            for (int c = 0; c < WIDE; c++) sums[r][c] = zero();
+        const auto add_position = [&](int p, int count) {
+            const T* v = cache.values(p) + d;
+            for (int c = 0; c < count; c++) {
+                const F value = load_kv(v + c * LANES);
+                for (int r = 0; r < N; r++) sums[r][c] = fma(value, set1(weights[int64_t(r) * stride + (p - begin)]), sums[r][c]);
+            }
+        };
+        if (parts == WIDE)
+            for (int p = q.first; p < q.last; p++) add_position(p, WIDE);
+        else
+            for (int p = q.first; p < q.last; p++) add_position(p, parts);
+        for (int r = 0; r < N; r++)
+            for (int c = 0; c < parts; c++) store(out + int64_t(r) * width + d + c * LANES, sums[r][c]);
+    }
+}
+
+template <class T, int N>
+static void attend_rows(const Cache<T>& cache, const Queries& q, float scale, std::vector<float>& scratch, float* out, Partial& found) {
+    const int begin = q.first / LANES * LANES, stride = padded(q.last - begin);
+    if (scratch.size() < size_t(ROWS) * stride) scratch.resize(size_t(ROWS) * stride);
+    score<T, N>(cache, q, scale, scratch.data(), stride);
+    for (int r = 0; r < N; r++) {
+        float* row = scratch.data() + int64_t(r) * stride;
+        F most = set1(-INFINITY), total = zero();
+        for (int i = 0; i < stride; i += LANES) most = max(most, load(row + i));
+        found.most[r] = largest(most);
+        const F base = set1(found.most[r] == -INFINITY ? 0 : found.most[r]);
+        for (int i = 0; i < stride; i += LANES) {
+            const F weight = exp(sub(load(row + i), base));  // 1e−38 where a row may not look: nothing, beside the largest's 1
+            store(row + i, weight);
+            total = add(total, weight);
+        }
+        found.total[r] = sum(total);
+    }
+    gather<T, N>(cache, q, scratch.data(), stride, out);
+}
+
+template <class T>
+static void attend(const Cache<T>& cache, const Queries& q, float scale, std::vector<float>& scratch, float* out, Partial& found) {
+    switch (q.rows) {
+        case 1: return attend_rows<T, 1>(cache, q, scale, scratch, out, found);
+        case 2: return attend_rows<T, 2>(cache, q, scale, scratch, out, found);
+        case 3: return attend_rows<T, 3>(cache, q, scale, scratch, out, found);
+        case 4: return attend_rows<T, 4>(cache, q, scale, scratch, out, found);
+        case 5: return attend_rows<T, 5>(cache, q, scale, scratch, out, found);
+        default: return attend_rows<T, ROWS>(cache, q, scale, scratch, out, found);
+    }
+}
+
+}  // namespace INFOPT_ISA

@@ -1,0 +1,257 @@
+"""The loop that every way of running a model shares: prompts in, tokens out, step by step, all rows together.
+
+Rows need not be equally long, nor end together. A row's drafted tokens are verified in the same step as the other rows'
+tokens; greedy output is that of plain decoding whatever was drafted, and sampled output has its distribution.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from infopt.errors import InputError
+from infopt.protocols import Sampling
+from infopt.runtime.draft_length import DraftLength
+from infopt.runtime.drafts import Draft, Drafter
+from infopt.runtime.sampling import accept, draw, generator, penalised, probabilities
+from infopt.runtime.steps import Output, Run, Step
+
+Finish = Literal["length", "token", "text", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One prompt. `stop_tokens` end the answer and belong to it; `stop_texts` end it and are looked for in `decode`'s text.
+
+    `candidates` rows answer it, each drawn with a stream of its own from `seed`; their prompt is computed once.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    stop_tokens: frozenset[int] = frozenset()
+    stop_texts: tuple[str, ...] = ()
+    decode: Callable[[list[int]], str] | None = None
+    keep_logprobs: bool = False
+
+
+@dataclass
+class Answer:
+    """One row. `logprobs[i]`: natural logarithm of the probability that the model, unfiltered, gave token i."""
+
+    ask: int
+    candidate: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: Finish | None = None
+
+    @property
+    def mean_logprob(self) -> float | None:
+        return sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
+
+
+@dataclass
+class Row:
+    answer: Answer
+    ask: Ask
+    sequence: Any
+    source: torch.Generator
+    drafter: Drafter | None = None
+    ids: list[int] = field(default_factory=list)
+    """Prompt and answer; the last token is not in the sequence yet."""
+    draft: Draft = field(default_factory=Draft)
+
+
+@dataclass
+class Told:
+    """What `listen` hears of a step: how many tokens each row got, in order of the rows, and the seconds since the start."""
+
+    seconds: float
+    tokens: list[int]
+    drafted: int = 0
+    accepted: int = 0
+    is_prefill: bool = False
+    kept: list[int] = field(default_factory=list)
+    """How much of each draft was kept."""
+
+
+class Loop:
+    """`step` runs the model; `make_drafter` gives each row its drafter; `length` decides how much of a draft is tried."""
+
+    def __init__(
+        self,
+        step: Step,
+        make_drafter: Callable[[], Drafter] | None = None,
+        length: DraftLength | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.step, self.now, self.make_drafter = step, now, make_drafter
+        self.length = length or DraftLength(most=8)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        asks: Sequence[Ask],
+        listen: Callable[[Told, list[Answer]], None] = lambda told, answers: None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[Answer]:
+        """Answers all, rows of an ask together, in order. Raises InputError for what the model cannot take.
+
+        `listen` is called after every step; `is_cancelled` before each: then rows end as they are.
+        """
+        self._check(asks)
+        start = self.now()
+        rows: list[Row] = []
+        try:
+            rows = self._prefill(asks, start, listen)
+            answers = [row.answer for row in rows]
+            while active := [row for row in rows if row.answer.finish is None]:
+                if is_cancelled():
+                    for row in active:
+                        row.answer.finish = "cancelled"
+                    break
+                told = self._advance(active, rows)
+                told.seconds = self.now() - start
+                listen(told, answers)
+            return answers
+        finally:
+            for row in rows:
+                self.step.close(row.sequence)
+                if row.drafter:
+                    row.drafter.close()
+
+    def _check(self, asks: Sequence[Ask]) -> None:
+        longest = rows = 0
+        for ask in asks:
+            total = len(ask.prompt_ids) + ask.max_new_tokens
+            if not ask.prompt_ids or ask.max_new_tokens < 1:
+                raise InputError(f"{len(ask.prompt_ids)} prompt and {ask.max_new_tokens} new tokens; allowed: 1 or more of each")
+            if total > self.step.context:
+                raise InputError(
+                    f"prompt and answer take {total} tokens; the model's context allows {self.step.context}",
+                    hint="shorten the prompt or lower the number of new tokens",
+                )
+            bad = [token for token in ask.prompt_ids if not 0 <= token < self.step.vocabulary]
+            if bad:
+                raise InputError(f"prompt token {bad[0]}; allowed: 0 … {self.step.vocabulary - 1}")
+            if ask.stop_texts and ask.decode is None:
+                raise InputError("stop texts need a tokenizer", hint="give stop tokens instead")
+            longest, rows = max(longest, total), rows + ask.sampling.candidates
+        self.step.require(longest, rows)
+
+    def _prefill(self, asks: Sequence[Ask], start: float, listen: Callable[[Told, list[Answer]], None]) -> list[Row]:
+        """All prompts in one step, each once; its candidates are forks of it."""
+        sequences = [self.step.open() for _ in asks]
+        found = self.step.run(
+            [Run(sequence, ask.prompt_ids) for sequence, ask in zip(sequences, asks, strict=True)],
+            want_logits=any(self._needs_logits(ask) for ask in asks),
+        )
+        rows = []
+        for index, (ask, sequence) in enumerate(zip(asks, sequences, strict=True)):
+            for candidate in range(ask.sampling.candidates):
+                own = sequence if candidate == ask.sampling.candidates - 1 else self.step.fork(sequence)
+                row = Row(Answer(index, candidate), ask, own, generator(ask.seed, candidate), ids=list(ask.prompt_ids))
+                row.drafter = self.make_drafter() if self.make_drafter else None
+                rows.append(row)
+        for row in rows:
+            self._take(row, [self._next(row, found, row.answer.ask)], found, row.answer.ask)
+        told = Told(self.now() - start, [1] * len(rows), is_prefill=True)
+        listen(told, [row.answer for row in rows])
+        return rows
+
+    def _advance(self, active: list[Row], rows: list[Row]) -> Told:
+        began = self.now()
+        for row in active:
+            row.draft = self._drafted(row)
+        drafted_s = self.now() - began
+        runs = [Run(row.sequence, (row.ids[-1], *row.draft.tokens), bool(row.draft.tokens)) for row in active]
+        found = self.step.run(runs, want_logits=any(self._needs_logits(row.ask) for row in active))
+        told, position = Told(0.0, [0] * len(rows)), 0
+        for row in active:
+            kept = self._verified(row, found, position)
+            drafted = len(row.draft.tokens)
+            self.step.cut(row.sequence, self.step.length(row.sequence) - drafted + len(kept) - 1)
+            told.tokens[rows.index(row)] = self._take(row, kept, found, position)
+            told.drafted += drafted
+            told.accepted += len(kept) - 1
+            if drafted:
+                told.kept.append(len(kept) - 1)
+            position += drafted + 1
+        self._learn(active, told, self.now() - began - drafted_s, drafted_s)
+        return told
+
+    def _drafted(self, row: Row) -> Draft:
+        """As much of what the drafter proposes as pays, leaving room for the token that follows it."""
+        if row.drafter is None:
+            return Draft()
+        room = row.ask.max_new_tokens - len(row.answer.ids) - 1
+        proposed = row.drafter.propose(row.ids, min(self.length.most, room), row.source)
+        count = min(self.length.choose(proposed.kind), len(proposed.tokens))
+        return Draft(proposed.tokens[:count], proposed.proposed[:count], proposed.kind)
+
+    def _learn(self, active: list[Row], told: Told, seconds: float, drafted_s: float) -> None:
+        if self.make_drafter is None:
+            return
+        kept = iter(told.kept)
+        for row in active:
+            drafted = len(row.draft.tokens)
+            self.length.saw(row.draft.kind, drafted, next(kept) if drafted else 0, seconds, drafted_s / len(active))
+
+    def _needs_logits(self, ask: Ask) -> bool:
+        return ask.sampling.temperature > 0 or ask.sampling.repetition_penalty != 1 or ask.keep_logprobs
+
+    def _next(self, row: Row, found: Output, position: int, seen: Sequence[int] | None = None) -> int:
+        sampling = row.ask.sampling
+        if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+            return found.tokens[position]
+        assert found.logits is not None
+        seen = row.ids if seen is None else seen
+        if sampling.temperature == 0:
+            return int(penalised(found.logits[position], seen, sampling.repetition_penalty).argmax())
+        return draw(probabilities(found.logits[position], sampling, seen), row.source)
+
+    def _verified(self, row: Row, found: Output, position: int) -> list[int]:
+        """The drafted tokens that are kept, and the one after them."""
+        drafted = row.draft.tokens
+        if row.ask.sampling.temperature == 0:
+            kept: list[int] = []
+            for index in range(len(drafted) + 1):
+                token = self._next(row, found, position + index, [*row.ids, *kept])
+                kept.append(token)
+                if index == len(drafted) or token != drafted[index]:
+                    break
+            return kept
+        assert found.logits is not None
+        target = [
+            probabilities(found.logits[position + index], row.ask.sampling, [*row.ids, *drafted[:index]])
+            for index in range(len(drafted) + 1)
+        ]
+        return accept(drafted, row.draft.proposed, target, row.source)
+
+    def _take(self, row: Row, tokens: list[int], found: Output, position: int) -> int:
+        """Adds tokens to the answer until it ends; how many it took."""
+        for count, token in enumerate(tokens):
+            if row.ask.keep_logprobs:
+                assert found.logits is not None
+                row.answer.logprobs.append(float(found.logits[position + count].log_softmax(-1)[token]))
+            row.ids.append(token)
+            row.answer.ids.append(token)
+            row.answer.finish = self._finish(row)
+            if row.answer.finish:
+                return count + 1
+        return len(tokens)
+
+    def _finish(self, row: Row) -> Finish | None:
+        answer, ask = row.answer, row.ask
+        if answer.ids[-1] in ask.stop_tokens:
+            return "token"
+        if ask.stop_texts and ask.decode is not None:
+            text = ask.decode(answer.ids)
+            if any(stop in text for stop in ask.stop_texts):
+                return "text"
+        return "length" if len(answer.ids) >= ask.max_new_tokens else None

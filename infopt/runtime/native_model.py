@@ -1,0 +1,90 @@
+"""A model opened the native way: by whole steps where the kernels run it, else with swapped linear layers.
+
+It stands in a bundle where transformers' module stood: what asks a module for logits gets this one's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+
+from infopt.errors import InputError
+from infopt.protocols import Progress
+from infopt.runtime import architecture
+from infopt.runtime.decoder import Unfit
+from infopt.runtime.steps import Run
+from infopt.runtime.swapped_step import SwappedStep
+from infopt.runtime.weights import Wanted
+from infopt.runtime.whole_step import WholeStep
+
+Way = Literal["auto", "whole", "swapped"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`weights`, `head`: what floating-point weights become; `kv`: float32 or float16; `way`: auto takes the first that fits."""
+
+    threads: int
+    weights: Wanted = "auto"
+    head: Wanted = "auto"
+    kv: str = "float16"
+    way: Way = "auto"
+    most_kv_bytes: int = 1 << 40
+
+
+class NativeModel:
+    """Called like transformers' module, it gives logits; `step` is what the native engine drives.
+
+    `unfit` says why a faster way was not taken.
+    """
+
+    def __init__(self, model: Any, step: WholeStep | SwappedStep, unfit: tuple[str, ...], settings: Settings) -> None:
+        self.step, self.unfit, self.settings = step, unfit, settings
+        self.config, self.generation_config = model.config, model.generation_config
+        self.device, self.dtype = torch.device("cpu"), model.dtype
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of the weights held."""
+        return self.step.weights_bytes
+
+    @torch.inference_mode()
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, use_cache: bool = False
+    ) -> SimpleNamespace:
+        """`logits` float32 [rows, tokens, vocabulary]; 0 where the mask is."""
+        step: Any = self.step
+        found = torch.zeros(*input_ids.shape, step.vocabulary)
+        for row, ids in enumerate(input_ids):
+            seen = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask[row].bool()
+            sequence = step.open()
+            run = Run(sequence, ids[seen].tolist(), all_logits=True)
+            found[row, seen] = step.run([run]).logits
+            step.close(sequence)
+        return SimpleNamespace(logits=found)
+
+
+def open_native(model: Any, settings: Settings, progress: Progress = lambda line: None) -> NativeModel:
+    """Consumes a transformers model. Raises InputError when no native way runs it, with the reasons."""
+    reasons: list[str] = []
+    if settings.way in ("auto", "whole"):
+        try:
+            progress("checking the whole-step kernels on a small model of this class")
+            architecture.check(model, settings.threads)
+            step = WholeStep(
+                model, threads=settings.threads, weights=settings.weights, head=settings.head, kv=settings.kv,
+                most_kv_bytes=settings.most_kv_bytes,
+            )  # fmt: skip
+            return NativeModel(model, step, (), settings)
+        except Unfit as error:
+            reasons.append(f"whole steps do not fit: {error}")
+    if settings.way in ("auto", "swapped"):
+        try:
+            swapped = SwappedStep(model, threads=settings.threads, weights=settings.weights, head=settings.head)
+            return NativeModel(model, swapped, tuple(reasons), settings)
+        except Unfit as error:
+            reasons.append(f"swapped layers do not fit: {error}")
+    raise InputError(f"{type(model).__name__}: {'; '.join(reasons)}", hint="engine: {name: transformers}")

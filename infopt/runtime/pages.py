@@ -1,0 +1,104 @@
+"""Keys and values in pages that sequences share: a fork copies only the page it goes on writing to."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import torch
+
+from infopt import units
+from infopt.errors import InputError
+from infopt.kernels.arena import Arena
+
+PAGE = 64
+"""Positions of a page."""
+
+
+@dataclass
+class Sequence:
+    """Positions 0 … length − 1 have keys and values; `pages` may hold more."""
+
+    length: int = 0
+    pages: list[int] = field(default_factory=list)
+    table: ctypes.Array[ctypes.c_void_p] | None = None
+
+
+class Pages:
+    """Pages of `page_bytes`, `most_bytes` of them at most, made when needed and used again when given back."""
+
+    def __init__(self, page_bytes: int, most_bytes: int) -> None:
+        self.page_bytes, self.most_bytes = page_bytes, most_bytes
+        self._arena = Arena()
+        self._memory: list[torch.Tensor] = []
+        self._uses: list[int] = []
+        self._free: list[int] = []
+
+    @property
+    def bytes(self) -> int:
+        """Taken from the system so far."""
+        return len(self._memory) * self.page_bytes
+
+    def require(self, tokens: int, sequences: int = 1) -> None:
+        """Refuses what will not fit, before anything is computed. Raises InputError with both figures."""
+        needed = sequences * -(-tokens // PAGE) * self.page_bytes
+        available = self.most_bytes - (len(self._memory) - len(self._free)) * self.page_bytes
+        if needed > available:
+            raise InputError(
+                f"keys and values of {sequences} × {tokens} tokens take {units.size(needed)}; "
+                f"{units.size(max(0, available))} are left",
+                hint="a shorter context, fewer sequences, or cache: {dtype: float16}",
+            )
+
+    def reserve(self, sequence: Sequence, length: int) -> None:
+        """Room for `length` positions, none of it another sequence's too. Raises InputError when memory is short."""
+        count, first = -(-length // PAGE), sequence.length // PAGE
+        shared = [index for index in range(first, min(count, len(sequence.pages))) if self._uses[sequence.pages[index]] > 1]
+        if count <= len(sequence.pages) and not shared and sequence.table is not None:
+            return
+        for index in shared:
+            before, own = sequence.pages[index], self._take()
+            self._memory[own].copy_(self._memory[before])
+            self._uses[before] -= 1
+            sequence.pages[index] = own
+        while len(sequence.pages) < count:
+            sequence.pages.append(self._take())
+        self._renew(sequence)
+
+    def cut(self, sequence: Sequence, length: int) -> None:
+        """Forgets positions from `length` on; their pages are kept for what comes."""
+        sequence.length = min(sequence.length, length)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A sequence with the same positions: whichever of the two writes to a page first copies it."""
+        shared = sequence.pages[: -(-sequence.length // PAGE)]
+        for page in shared:
+            self._uses[page] += 1
+        return Sequence(sequence.length, shared)
+
+    def close(self, sequence: Sequence) -> None:
+        """Gives its pages back."""
+        for page in sequence.pages:
+            self._uses[page] -= 1
+            if not self._uses[page]:
+                self._free.append(page)
+        sequence.pages, sequence.length, sequence.table = [], 0, None
+
+    def _take(self) -> int:
+        if self._free:
+            page = self._free.pop()
+        else:
+            if self.bytes + self.page_bytes > self.most_bytes:
+                raise InputError(
+                    f"keys and values fill {units.size(self.bytes)}, which is all that is allowed",
+                    hint="a shorter context, fewer sequences, or cache: {dtype: float16}",
+                )
+            page = len(self._memory)
+            self._memory.append(self._arena.take(self.page_bytes))
+            self._uses.append(0)
+        self._uses[page] = 1
+        return page
+
+    def _renew(self, sequence: Sequence) -> None:
+        addresses = [self._memory[page].data_ptr() for page in sequence.pages]
+        sequence.table = (ctypes.c_void_p * len(addresses))(*addresses)

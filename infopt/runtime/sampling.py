@@ -1,0 +1,73 @@
+"""From logits to a token: the filters of transformers' `generate` in its order, drawn with a generator of the request's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from infopt.protocols import Sampling
+
+
+def generator(seed: int, row: int = 0) -> torch.Generator:
+    """A stream of its own for each row of a request."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + row) % (1 << 63))
+
+
+def penalised(logits: torch.Tensor, seen: Sequence[int], penalty: float) -> torch.Tensor:
+    """[vocabulary] with what was seen made less likely: positive logits divided, negative ones multiplied (CTRL, 1909.05858)."""
+    if penalty == 1.0 or not seen:
+        return logits
+    ids = torch.tensor(sorted(set(seen)))
+    found = logits[ids]
+    return logits.index_copy(0, ids, torch.where(found > 0, found / penalty, found * penalty))
+
+
+def probabilities(logits: torch.Tensor, sampling: Sampling, seen: Sequence[int] = ()) -> torch.Tensor:
+    """What a token is drawn from: float32 [vocabulary], 0 where a filter rules a token out. `logits` [vocabulary].
+
+    temperature 0 is all on the likeliest token.
+    """
+    logits = penalised(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
+    if sampling.top_p < 1:
+        ordered, ids = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = logits.index_fill(0, ids[before >= sampling.top_p], -torch.inf)
+    if sampling.min_p > 0:
+        found = logits.softmax(-1)
+        logits = logits.masked_fill(found < sampling.min_p * found.max(), -torch.inf)
+    return logits.softmax(-1)
+
+
+def draw(weights: torch.Tensor, source: torch.Generator) -> int:
+    """An index, with a probability in proportion to its weight. `weights` [vocabulary], not all 0."""
+    sums = weights.double().cumsum(-1)
+    threshold = torch.rand((), generator=source, dtype=torch.float64) * sums[-1]
+    return min(int(torch.searchsorted(sums, threshold, right=True)), len(weights) - 1)
+
+
+def accept(
+    drafted: Sequence[int], proposed: Sequence[torch.Tensor | None], target: Sequence[torch.Tensor], source: torch.Generator
+) -> list[int]:
+    """The tokens to keep of a draft, and one more: distributed as `target` says, whatever was drafted.
+
+    Leviathan et al., arXiv 2211.17192, algorithm 1: a drafted token is kept with probability min(1, p/q); the first that is
+    not is drawn anew from max(0, p − q). `proposed[i]`: what draft i was drawn from, None for a draft that could only be
+    what it was (q = 1). `target`: one distribution more than there are drafts.
+    """
+    kept: list[int] = []
+    for token, q, p in zip(drafted, proposed, target, strict=False):
+        allowed = float(p[token]) / (1.0 if q is None else float(q[token]))
+        if float(torch.rand((), generator=source, dtype=torch.float64)) < allowed:
+            kept.append(token)
+            continue
+        rest = p.clone() if q is None else (p - q).clamp_(min=0)
+        if q is None:
+            rest[token] = 0
+        return [*kept, draw(rest, source)]
+    return [*kept, draw(target[len(drafted)], source)]

@@ -1,0 +1,60 @@
+"""What every way of running a model offers the loop: sequences that grow by tokens, and the logits that follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """New tokens of one sequence, and whether the logits after each of them are wanted, or after the last alone."""
+
+    sequence: Any
+    ids: Sequence[int]
+    all_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """For every position asked for, run after run: the likeliest token, by how much (logits), and all logits if wanted."""
+
+    tokens: list[int]
+    margins: list[float]
+    logits: torch.Tensor | None
+    """float32 [positions, vocabulary]; valid until the next step."""
+
+
+class Step(Protocol):
+    """One way of running a model. `name` is named in reports: whole, swapped or stock."""
+
+    name: str
+    vocabulary: int
+    context: int
+
+    def open(self) -> Any:
+        """A new, empty sequence."""
+        ...
+
+    def length(self, sequence: Any) -> int: ...
+
+    def require(self, tokens: int, sequences: int) -> None:
+        """Refuses, before anything is computed, what memory will not hold. Raises InputError."""
+        ...
+
+    def run(self, runs: Sequence[Run], want_logits: bool = True) -> Output:
+        """Raises NumericError where a logit is not finite, naming the layer."""
+        ...
+
+    def cut(self, sequence: Any, length: int) -> None:
+        """Forgets positions from `length` on."""
+        ...
+
+    def fork(self, sequence: Any) -> Any:
+        """Another sequence with the same tokens; what both have is computed, and where possible kept, once."""
+        ...
+
+    def close(self, sequence: Any) -> None: ...

@@ -1,0 +1,100 @@
+"""A step of any decoder-only model in transformers' own modules, with our linear layers in them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from infopt.errors import InputError
+from infopt.runtime.decoder import Unfit
+from infopt.runtime.kernel_linear import swap
+from infopt.runtime.steps import Output, Run
+from infopt.runtime.weights import Wanted
+
+
+@dataclass
+class Cached:
+    """A sequence: transformers' cache, and how many positions of it count."""
+
+    cache: Any
+    length: int = 0
+
+
+class SwappedStep:
+    """Sequences run one after the other, each with a cache of its own. Raises Unfit for a model whose state is no list of
+    keys and values: it could not be cut back."""
+
+    name = "swapped"
+
+    def __init__(self, model: Any, *, threads: int, weights: Wanted = "auto", head: Wanted = "auto") -> None:
+        config = model.config.get_text_config(decoder=True)
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        others = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
+        if others or getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
+            raise Unfit(f"its layers keep another state than keys and values ({', '.join(others) or type(model).__name__})")
+        self.packed = swap(model, threads, weights, head)
+        if not self.packed:
+            raise Unfit("it has no linear layers")
+        self.model, self.vocabulary = model, config.vocab_size
+        self.context = getattr(config, "max_position_embeddings", None) or 1 << 30
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._kv_bytes = 2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize
+
+    @property
+    def weights_bytes(self) -> int:
+        """Packed layers, and what stays in the model beside them."""
+        return self.read_bytes + sum(int(tensor.nbytes) for tensor in self.model.parameters())
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(packed.nbytes for packed in self.packed)
+
+    def kv_bytes(self, length: int) -> float:
+        return float(self._kv_bytes) * length
+
+    def open(self) -> Cached:
+        from transformers import DynamicCache
+
+        return Cached(DynamicCache())
+
+    def length(self, sequence: Cached) -> int:
+        return sequence.length
+
+    def require(self, tokens: int, sequences: int) -> None:
+        """transformers' caches grow as they are used: nothing is known beforehand."""
+
+    def cut(self, sequence: Cached, length: int) -> None:
+        if length < sequence.length:
+            sequence.cache.crop(length - sequence.length)
+            sequence.length = length
+
+    def fork(self, sequence: Cached) -> Cached:
+        return Cached(copy.deepcopy(sequence.cache), sequence.length)
+
+    def close(self, sequence: Cached) -> None:
+        sequence.cache = None
+
+    @torch.inference_mode()
+    def run(self, runs: Sequence[Run], want_logits: bool = True) -> Output:
+        rows = []
+        for run in runs:
+            total = run.sequence.length + len(run.ids)
+            if total > self.context:
+                raise InputError(f"{total} tokens; the model's context allows {self.context}")
+            found = self.model(
+                input_ids=torch.tensor([list(run.ids)]), past_key_values=run.sequence.cache, use_cache=True,
+                logits_to_keep=0 if run.all_logits else 1,
+            )  # fmt: skip
+            run.sequence.cache, run.sequence.length = found.past_key_values, total
+            rows.append(found.logits[0].float() if run.all_logits else found.logits[0, -1:].float())
+        logits = torch.cat(rows)
+        if not logits.isfinite().all():
+            raise InputError("a logit is not finite", hint="the model may be damaged, or too large for float16")
+        best = logits.topk(2)
+        margins = (best.values[:, 0] - best.values[:, 1]).tolist()
+        return Output(best.indices[:, 0].tolist(), margins, logits if want_logits else None)

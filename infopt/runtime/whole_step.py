@@ -1,0 +1,204 @@
+"""A step of a Llama-like decoder in one call into the kernel library.
+
+Weights are packed from transformers' modules, which are not needed afterwards. What the kernels compute is checked against
+the modules when a model is opened: on its own first layers, in float32, so that what a class does that `decoder` did not see
+is found before any token is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence as Several
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from infopt.errors import InputError
+from infopt.kernels import library
+from infopt.kernels.arena import Arena
+from infopt.kernels.library import CBatch, CLayer, CMatrix, CModel, Pointers
+from infopt.kernels.packed import Packed
+from infopt.runtime.decoder import Block, Decoder, Unfit, describe
+from infopt.runtime.pages import PAGE, Pages, Sequence
+from infopt.runtime.steps import Output, Run
+from infopt.runtime.weights import Wanted, joined
+
+#: Tokens that go through the layers together at most: enough that weights are read from the cache, few enough to stay there.
+CHUNK = 128
+#: Largest difference to the modules' logits, in shares of their spread, in float32.
+TOLERANCE = 1e-4
+NORMS = ("input_norm", "query_norm", "key_norm", "attention_out_norm", "feed_norm", "feed_out_norm")
+
+
+class WholeStep:
+    """`weights`: what floating-point weights become; `head`: the same for the output head, auto being int8 beside integers.
+
+    `kv`: float32 or float16. Raises Unfit for a model that the kernels do not run, MissingNeedError without the library.
+    """
+
+    name = "whole"
+
+    def __init__(
+        self, model: Any, *, threads: int, weights: Wanted = "auto", head: Wanted = "auto", kv: str = "float16",
+        most_kv_bytes: int = 1 << 40,
+    ) -> None:  # fmt: skip
+        self._library = library.load()
+        decoder = describe(model)
+        self.vocabulary, self.context, self.threads = decoder.vocabulary, decoder.context, threads
+        self._kept: list[Any] = []  # what the C structures point to
+        self._arena = Arena()
+        self.packed: list[Packed] = []
+        self._model = self._described(decoder, weights, head, kv)
+        self._engine = ctypes.c_void_p(self._library.infopt_open(ctypes.byref(self._model), threads))
+        self.pages = Pages(int(self._library.infopt_page_bytes(ctypes.byref(self._model))), most_kv_bytes)
+        self._logits = torch.empty(0)
+
+    def close_engine(self) -> None:
+        """Ends the threads. The step cannot be used afterwards."""
+        if self._engine:
+            self._library.infopt_close(self._engine)
+            self._engine = ctypes.c_void_p()
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", None):
+            self.close_engine()
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of all packed matrices."""
+        return sum(packed.nbytes for packed in self.packed)
+
+    @property
+    def read_bytes(self) -> int:
+        """What a step of one token reads of the weights: all but the embedding, of which it reads a row."""
+        embedding = ctypes.addressof(self._model.embedding.contents)
+        is_tied = embedding == ctypes.addressof(self._model.head.contents)
+        return self.weights_bytes - (0 if is_tied else self.packed[-2].nbytes)
+
+    def kv_bytes(self, length: int) -> float:
+        """What a step of one token reads of a sequence's keys and values."""
+        return self.pages.page_bytes / PAGE * length
+
+    def open(self) -> Sequence:
+        return Sequence()
+
+    def length(self, sequence: Sequence) -> int:
+        return sequence.length
+
+    def require(self, tokens: int, sequences: int) -> None:
+        self.pages.require(tokens, sequences)
+
+    def cut(self, sequence: Sequence, length: int) -> None:
+        self.pages.cut(sequence, length)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        return self.pages.fork(sequence)
+
+    def close(self, sequence: Sequence) -> None:
+        self.pages.close(sequence)
+
+    def run(self, runs: Several[Run], want_logits: bool = True) -> Output:
+        """Long runs go in chunks; their last chunk goes with the other runs."""
+        rest = []
+        for run in runs:
+            ids = list(run.ids)
+            while len(ids) > CHUNK and not run.all_logits:
+                self._step([replace(run, ids=ids[:CHUNK])], 0, want_logits=False)
+                ids = ids[CHUNK:]
+            rest.append(replace(run, ids=ids))
+        return self._step(rest, sum(len(run.ids) if run.all_logits else 1 for run in rest), want_logits)
+
+    def _step(self, runs: Several[Run], outputs: int, want_logits: bool, *, check: bool = False) -> Output:
+        tokens = sum(len(run.ids) for run in runs)
+        starts, position = [0], 0
+        wanted: list[int] = []
+        for run in runs:
+            if run.sequence.length + len(run.ids) > self.context:
+                raise InputError(f"{run.sequence.length + len(run.ids)} tokens; the model's context allows {self.context}")
+            self.pages.reserve(run.sequence, run.sequence.length + len(run.ids))
+            position += len(run.ids)
+            wanted += range(starts[-1], position) if run.all_logits else [position - 1]
+            starts.append(position)
+        width = -(-self.vocabulary // 16) * 16
+        if want_logits and outputs and self._logits.shape[0] < outputs:
+            self._logits = torch.empty(outputs, width)
+        ints = ctypes.c_int32
+        tables = (Pointers * len(runs))(*(ctypes.cast(run.sequence.table, Pointers) for run in runs))
+        largest, margins = (ints * max(1, outputs))(), (ctypes.c_float * max(1, outputs))()
+        batch = CBatch(
+            tokens, len(runs), outputs, int(check), (ints * tokens)(*(token for run in runs for token in run.ids)),
+            (ints * len(starts))(*starts), (ints * len(runs))(*(run.sequence.length for run in runs)), tables,
+            (ints * max(1, outputs))(*wanted[:outputs]), self._logits.data_ptr() if want_logits and outputs else None,
+            largest, margins, -1,
+        )  # fmt: skip
+        self._library.infopt_step(self._engine, ctypes.byref(batch))
+        found = Output(largest[:outputs], margins[:outputs], self._logits[:outputs, : self.vocabulary] if want_logits else None)
+        if any(margin != margin for margin in found.margins):
+            self._refuse_nan(runs, outputs, batch, check)
+        for run in runs:
+            run.sequence.length += len(run.ids)
+        return found
+
+    def _refuse_nan(self, runs: Several[Run], outputs: int, batch: CBatch, check: bool) -> None:
+        """The same step once more, looking for the layer."""
+        if not check:
+            self._step(runs, outputs, want_logits=False, check=True)
+        where = "the output head" if batch.bad_layer >= self._model.layers else f"layer {batch.bad_layer}"
+        raise InputError(
+            f"a logit is not finite; {where} is where it first shows", hint="the model may be damaged, or too large for float16"
+        )
+
+    def read_seconds(self) -> float:
+        """Reads all packed weights once, with all threads: what the machine's memory gives at this moment."""
+        largest = max(self.packed, key=lambda packed: packed.weights.nbytes).weights
+        return float(self._library.infopt_read_seconds(self._engine, largest.data_ptr(), largest.nbytes)) / largest.nbytes
+
+    # Packing
+
+    def _described(self, decoder: Decoder, weights: Wanted, head: Wanted, kv: str) -> CModel:
+        layers = (CLayer * len(decoder.blocks))()
+        names = list(dict.fromkeys(block.rotary for block in decoder.blocks))
+        for to, block in zip(layers, decoder.blocks, strict=True):
+            self._fill(to, block, names, weights)
+        if head == "auto":
+            head = "int8" if any(packed.scales is not None for packed in self.packed) else weights
+        table = self._table(decoder, head, weights)
+        out = table if decoder.is_tied else self._matrix(joined([decoder.head], head))
+        tables = [decoder.tables(name, decoder.context) for name in names]
+        cos, sin = ((ctypes.c_void_p * len(names))(*(self._pointer(pair[side]) for pair in tables)) for side in (0, 1))
+        self._kept += [layers, cos, sin, table, out]
+        return CModel(
+            len(layers), decoder.hidden, decoder.heads, decoder.kv_heads, decoder.head_dim, decoder.intermediate,
+            decoder.vocabulary, decoder.activation, decoder.rotary_dim, PAGE, int(kv == "float16"), decoder.norm_epsilon,
+            decoder.attention_scale, decoder.embedding_scale, decoder.logits_scale, layers, ctypes.pointer(table),
+            ctypes.pointer(out), self._pointer(decoder.final_norm), ctypes.cast(cos, Pointers), ctypes.cast(sin, Pointers),
+        )  # fmt: skip
+
+    def _fill(self, to: CLayer, block: Block, tables: list[str], weights: Wanted) -> None:
+        to.qkv = self._matrix(joined(block.qkv, weights))
+        to.output = self._matrix(joined([block.output], weights))
+        to.gate_up = self._matrix(joined(block.gate_up, weights, in_pairs=True))
+        to.down = self._matrix(joined([block.down], weights))
+        for name in NORMS:
+            setattr(to, name, self._pointer(getattr(block, name)))
+        to.window, to.rotary = block.window, tables.index(block.rotary)
+
+    def _table(self, decoder: Decoder, head: Wanted, weights: Wanted) -> CMatrix:
+        """The embedding: packed as the head where they are tied, else as it is."""
+        return self._matrix(joined([decoder.embedding], head if decoder.is_tied else "auto"))
+
+    def _matrix(self, made: Packed) -> CMatrix:
+        packed = made.moved(self._arena.keep)
+        self.packed.append(packed)
+        return library.matrix(packed)
+
+    def _pointer(self, tensor: torch.Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        kept = tensor.detach().float().contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+
+__all__ = ["Unfit", "WholeStep"]

@@ -1,0 +1,188 @@
+"""One call into C++ gives the logits of transformers' modules, for every class and way of feeding it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest_runtime import SHAPES, VOCABULARY
+
+from infopt.errors import InputError
+from infopt.runtime import architecture
+from infopt.runtime.decoder import Unfit
+from infopt.runtime.pages import PAGE
+from infopt.runtime.steps import Run
+from infopt.runtime.whole_step import CHUNK, WholeStep
+
+Make = Callable[..., Any]
+IDS = [(11 * i * i + 5 * i) % VOCABULARY for i in range(300)]
+
+
+def logits(step: WholeStep, sequence: Any, ids: list[int]) -> torch.Tensor:
+    found = step.run([Run(sequence, ids, all_logits=True)]).logits
+    assert found is not None
+    return found.clone()
+
+
+def wanted(model: Any, ids: list[int]) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    return found
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.std())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_class_in_one_go_and_token_by_token(make: Make, name: str) -> None:
+    model = make(name)
+    expected = wanted(model, IDS[:150])
+    for kv, most in (("float32", 1e-4), ("float16", 1e-2)):
+        step = WholeStep(model, threads=2, kv=kv)
+        sequence = step.open()
+        found = [logits(step, sequence, part) for part in (IDS[:70], IDS[70:75], *([token] for token in IDS[75:150]))]
+        assert off(torch.cat(found), expected) < most
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_long_prompts_in_chunks_over_several_pages(make: Make, threads: int) -> None:
+    model = make()
+    step = WholeStep(model, threads=threads, kv="float32")
+    sequence = step.open()
+    assert len(IDS) > 2 * CHUNK > 3 * PAGE
+    found = step.run([Run(sequence, IDS)])
+    expected = wanted(model, IDS)[-1]
+    assert step.length(sequence) == len(IDS)
+    assert found.logits is not None
+    assert off(found.logits[0], expected) < 1e-4
+    assert found.tokens == [int(expected.argmax())]
+    best = expected.topk(2).values
+    assert found.margins[0] == pytest.approx(float(best[0] - best[1]), abs=1e-4)
+
+
+def test_rows_of_unequal_length_do_not_see_each_other(make: Make) -> None:
+    model = make("mistral, window")
+    step = WholeStep(model, threads=2, kv="float32")
+    texts = [IDS[:3], IDS[50:120], IDS[7:8], IDS[30:95]]
+    sequences = [step.open() for _ in texts]
+    step.run([Run(sequence, text[:-1] or text) for sequence, text in zip(sequences, texts, strict=True)])
+    step.cut(sequences[2], 0)
+    found = step.run([Run(sequence, text[-1:]) for sequence, text in zip(sequences, texts, strict=True)])
+    assert found.logits is not None
+    for row, text in enumerate(texts):
+        assert off(found.logits[row], wanted(model, text)[-1]) < 1e-4
+
+
+def test_a_fork_goes_its_own_way(make: Make) -> None:
+    model = make()
+    step = WholeStep(model, threads=2, kv="float32")
+    first = step.open()
+    logits(step, first, IDS[:100])
+    second = step.fork(first)
+    assert step.pages.bytes < 4 * step.pages.page_bytes, "the whole page is shared"
+    one, two = logits(step, first, IDS[100:130]), logits(step, second, IDS[200:230])
+    assert off(one, wanted(model, IDS[:130])[100:]) < 1e-4
+    assert off(two, wanted(model, [*IDS[:100], *IDS[200:230]])[100:]) < 1e-4
+    step.close(first)
+    again = logits(step, second, IDS[:5])
+    assert off(again, wanted(model, [*IDS[:100], *IDS[200:230], *IDS[:5]])[130:]) < 1e-4
+
+
+def test_a_fork_that_was_cut_into_a_shared_page_writes_to_a_page_of_its_own(make: Make) -> None:
+    model = make()
+    step = WholeStep(model, threads=2, kv="float32")
+    first = step.open()
+    logits(step, first, IDS[:130])
+    second = step.fork(first)
+    step.cut(second, 20)
+    logits(step, second, IDS[200:230])
+    assert off(logits(step, first, IDS[130:140]), wanted(model, IDS[:140])[130:]) < 1e-4
+
+
+def test_what_was_cut_is_forgotten(make: Make) -> None:
+    model = make()
+    step = WholeStep(model, threads=2, kv="float32")
+    sequence = step.open()
+    logits(step, sequence, IDS[:90])
+    step.cut(sequence, 60)
+    assert off(logits(step, sequence, IDS[100:110]), wanted(model, [*IDS[:60], *IDS[100:110]])[60:]) < 1e-4
+
+
+def test_pages_are_used_again(make: Make) -> None:
+    step = WholeStep(make(), threads=2)
+    for _ in range(3):
+        sequence = step.open()
+        step.run([Run(sequence, IDS[:100])])
+        step.close(sequence)
+    assert step.pages.bytes == 2 * step.pages.page_bytes
+
+
+@pytest.mark.parametrize(("kind", "most"), [("bfloat16", 0.05), ("int8", 0.15), ("int4", 1.5)])
+def test_packed_kinds_stay_near(make: Make, kind: Any, most: float) -> None:
+    model = make("smollm")
+    step = WholeStep(model, threads=2, weights=kind)
+    found, expected = logits(step, step.open(), IDS[:40]), wanted(model, IDS[:40])
+    assert 0 < float((found - expected).std() / expected.std()) < most
+    assert step.weights_bytes < {"bfloat16": 0.55, "int8": 0.32, "int4": 0.25}[kind] * 4 * model.num_parameters()
+
+
+def test_too_much_is_refused_before_anything_is_computed(make: Make) -> None:
+    step = WholeStep(make(), threads=2, most_kv_bytes=300_000)
+    with pytest.raises(InputError, match=r"8 × 400 tokens take .* MB; .* kB are left"):
+        step.require(400, 8)
+    sequence = step.open()
+    with pytest.raises(InputError, match="the model's context allows 512"):
+        step.run([Run(sequence, IDS * 2, all_logits=True)])
+
+
+def test_a_nan_names_its_layer(make: Make) -> None:
+    model = make()
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.nan
+    step = WholeStep(model, threads=2)
+    with pytest.raises(InputError, match="not finite; layer 1 is where"):
+        step.run([Run(step.open(), IDS[:4])])
+    model = make("llama, biases, own head")
+    model.lm_head.weight.data[7] = torch.inf
+    with pytest.raises(InputError, match="the output head"):
+        WholeStep(model, threads=2).run([Run(WholeStep(model, threads=2).open(), IDS[:4])])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_classes_are_checked_on_a_small_model(make: Make, name: str) -> None:
+    architecture.check(make(name), threads=2)
+
+
+def test_a_class_that_computes_something_else_is_found_out(make: Make) -> None:
+    class Doubled(transformers.LlamaForCausalLM):
+        def forward(self, *given: Any, **named: Any) -> Any:
+            found = super().forward(*given, **named)
+            found.logits = found.logits + found.logits.flip(-1)
+            return found
+
+    with pytest.raises(Unfit, match="of their spread off"):
+        architecture.check(Doubled(make().config), threads=2)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "experts": ("MixtralConfig", {"num_local_experts": 2}, "has no mlp|has .*"),
+    "caps": ("Gemma2Config", {"head_dim": 16}, "caps its logits"),
+    "layer norms": ("StableLmConfig", {}, "is no RMSNorm|has "),
+    "activation": ("LlamaConfig", {"hidden_act": "relu"}, "its activation is 'relu'"),
+    "dynamic positions": (
+        "LlamaConfig", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "they change with",
+    ),
+    "another family": ("GPT2Config", {"n_embd": 96, "n_layer": 2, "n_head": 6}, "has no layers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_with_the_reason(name: str) -> None:
+    kind, own, reason = REFUSED[name]
+    base = {} if kind == "GPT2Config" else {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6,
+                                           "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 99}  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**base, **own))
+    with pytest.raises(Unfit, match=reason):
+        architecture.check(model, threads=2)
