@@ -18,8 +18,10 @@ all its tokens are; as a tie when the first other token comes where the two like
 log-probabilities are to the expected ones. llama.cpp rounds activations, mostly to 8 bits, which on the demo model moves
 log-probabilities by 0.07 nats on average, and so does the same rounding after a change of 1e-6 of the embeddings: no two
 programs agree more closely. So it is held against that distance, measured by rounding in transformers: `rounding` is an
-answer that lies no further from the dense weights than `ROUNDING` times that. Nothing excuses a perplexity of the text
-that is off by more than 2 %: then the reader has other weights.
+answer that lies no further from the dense weights than `ROUNDING` times that. The same goes for artifacts that round
+activations themselves, in every reader: they are held against what infopt's own layers make of embeddings that differ by
+1e-6. Nothing excuses a perplexity of the text that is off by more than 2 %, or than `ROUNDING` times what that change makes
+of it: then the reader has other weights.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -42,6 +44,7 @@ from typing import Any
 
 import interop_rounding
 import interop_transformers
+import torch
 
 from infopt import __version__, arms, optimize, pipeline, recipe, techniques
 from infopt.backends import environments
@@ -83,6 +86,8 @@ TEXT_TOKENS = 256
 TIMEOUT_S = 1800
 ROUNDING = 1.5
 PERPLEXITY_OFF = 0.02
+JITTER = 1e-6
+JITTERS = 6
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,8 @@ class Row:
     mean_abs_logprob_difference: float | None = None
     rounding_mean_abs_logprob_difference: float | None = None
     """What rounding activations as the reader does costs by itself."""
+    rounding_perplexity_off: float | None = None
+    """The furthest that it moves the text's perplexity."""
     texts_encoded_alike: int | None = None
     texts: int | None = None
     layers: dict[str, int] | None = None
@@ -179,9 +186,12 @@ def _bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
 
 
-def expected(subject: Subject) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The request, what its answer should be (`wanted`), and what it is with llama.cpp's rounding (`rounded`, GGUF only)."""
-    bundle = opened(subject)
+def expected(subject: Subject) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The request, what its answer should be (`wanted`), and `rounded`: what else rounding activations makes of the text.
+
+    That is with llama.cpp's rounding for GGUF files; for artifacts that round by themselves, after small changes.
+    """
+    bundle, rounds_activations = opened(subject)
     tokenizer, model = bundle.tokenizer, bundle.model
     tried = probe_texts(tokenizer)
     request = {
@@ -192,18 +202,31 @@ def expected(subject: Subject) -> tuple[dict[str, Any], dict[str, dict[str, Any]
         "text": tokenizer(texts.read_text("bundled", "evaluation")[:4000], verbose=False)["input_ids"][:TEXT_TOKENS],
         "texts": tried,
     }
-    answers = {"wanted": interop_transformers.answer(model, request)}
+    answers: dict[str, Any] = {"wanted": interop_transformers.answer(model, request)}
     answers["wanted"]["encoded"] = [list(tokenizer(text, verbose=False)["input_ids"]) for text in tried]
     if subject.format == "gguf":
         with interop_rounding.llama_inputs(model, subject.path):
-            answers["rounded"] = interop_transformers.answer(model, {**request, "prompts": []})
+            answers["rounded"] = [interop_transformers.answer(model, {**request, "prompts": []})]
+    elif rounds_activations:
+        answers["rounded"] = list(jittered(model, request))
     del bundle, model
     gc.collect()
     return request, answers
 
 
-def opened(subject: Subject) -> Bundle:
-    """What a subject should compute: its dense weights, or the artifact itself where these are not all of it."""
+def jittered(model: Any, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Answers about the text when the embeddings differ by `JITTER` of themselves."""
+    weight = model.get_input_embeddings().weight
+    kept = weight.data.clone()
+    for seed in range(JITTERS):
+        noise = torch.randn(kept.shape, generator=torch.Generator().manual_seed(seed))
+        weight.data.copy_(kept * (1 + JITTER * noise))
+        yield interop_transformers.answer(model, {**request, "prompts": []})
+    weight.data.copy_(kept)
+
+
+def opened(subject: Subject) -> tuple[Bundle, bool]:
+    """What a subject should compute: its dense weights, or the artifact itself where these are not all of it; which of them."""
     try:
         source = open_source(subject.reference, OPTIONS, lambda line: None)
     except InfoptError:
@@ -211,10 +234,10 @@ def opened(subject: Subject) -> Bundle:
             raise
     else:
         if subject.format != "folder" or not source.rounds_activations:
-            return source.bundle
+            return source.bundle, False
         source.close()
     engine = recipe.load(str(subject.path / "recipe.yaml"), techniques.find).engine
-    return pipeline.reopen(subject.path, engine, "cpu", OPTIONS)
+    return pipeline.reopen(subject.path, engine, "cpu", OPTIONS), True
 
 
 def ask(reader: Reader, request: dict[str, Any], work: Path) -> dict[str, Any]:
@@ -236,9 +259,9 @@ def ask(reader: Reader, request: dict[str, Any], work: Path) -> dict[str, Any]:
 
 
 def judge(
-    subject: Subject, reader: Reader, found: dict[str, Any], wanted: dict[str, Any], rounded: dict[str, Any] | None = None
+    subject: Subject, reader: Reader, found: dict[str, Any], wanted: dict[str, Any], rounded: Sequence[dict[str, Any]] = ()
 ) -> Row:
-    """One line of the table. `rounded`: the expected answer with activations rounded as the reader does."""
+    """One line of the table. `rounded`: the expected answer with activations rounded as the reader does, or otherwise."""
     row = Row(
         subject.name, subject.format, reader.name, found.get("versions", {}), layers=found.get("layers"), dtype=found.get("dtype")
     )
@@ -247,7 +270,9 @@ def judge(
         return row
     pairs = list(zip(found["text_logprobs"], wanted["text_logprobs"], strict=True))
     gaps = [abs(a - b) for a, b in pairs]
-    floor = [abs(a - b) for a, b in zip((rounded or wanted)["text_logprobs"], wanted["text_logprobs"], strict=True)]
+    other = [[b - a for a, b in zip(each["text_logprobs"], wanted["text_logprobs"], strict=True)] for each in rounded]
+    floor = max((sum(map(abs, each)) / len(each) for each in other), default=0.0)
+    row.rounding_perplexity_off = max((abs(math.exp(sum(each) / len(each)) - 1) for each in other), default=None)
     row.loads = True
     row.prompts = len(wanted["outputs"])
     row.max_abs_logprob_difference, row.mean_abs_logprob_difference = max(gaps), sum(gaps) / len(gaps)
@@ -255,17 +280,17 @@ def judge(
     row.equal_prompts = sum(margin is None for margin in parted)
     # Both of the two likeliest tokens may move, in opposite directions.
     are_ties = all(margin is None or margin <= 2 * max(gaps) for margin in parted)
-    is_rounding = sum(gaps) <= ROUNDING * sum(floor)
+    is_rounding = row.mean_abs_logprob_difference <= ROUNDING * floor
     if row.equal_prompts == row.prompts:
         row.verdict = "equal"
     else:
         row.verdict = "ties" if are_ties else "rounding" if is_rounding else "DIFFERENT"
-    row.rounding_mean_abs_logprob_difference = sum(floor) / len(floor) if rounded else None
+    row.rounding_mean_abs_logprob_difference = floor if rounded else None
     row.perplexity_ratio = math.exp(sum(b - a for a, b in pairs) / len(pairs))
     if not subject.is_same:
         row.verdict = "requantized"
         row.reason = f"the text's perplexity is {row.perplexity_ratio - 1:+.1%} off the unquantized model's"
-    elif abs(row.perplexity_ratio - 1) > PERPLEXITY_OFF:
+    elif abs(row.perplexity_ratio - 1) > max(PERPLEXITY_OFF, ROUNDING * (row.rounding_perplexity_off or 0)):
         row.verdict = "DIFFERENT"
         row.reason = f"the text's perplexity is {row.perplexity_ratio - 1:+.1%} off"
     elif row.verdict == "DIFFERENT":
@@ -344,7 +369,8 @@ def main() -> None:
                 if reader.python is not None and not reader.python.exists():
                     row = Row(subject.name, subject.format, reader.name, verdict="not installed", reason=f"no {reader.name} here")
                 else:
-                    rounded = answers.get("rounded") if reader.name == "llama.cpp" else None
+                    rounds = subject.format == "folder" or reader.name == "llama.cpp"  # transformers opens GGUF to dense weights
+                    rounded = answers.get("rounded", ()) if rounds else ()
                     row = judge(subject, reader, ask(reader, request, Path(scratch)), answers["wanted"], rounded)
                 rows.append(row)
                 print(f"{row.subject} in {row.reader}: {row.verdict} {row.reason or ''}", file=sys.stderr)

@@ -6,10 +6,12 @@
 //   greedy COUNT ID…   the new tokens; their log-probabilities; the distance to the second likeliest, each
 //   score ID…          the log-probability of each id but the first, given those before it
 //   encode HEX         the ids of a text, given as the hexadecimal of its bytes
+//   time COUNT ID…     seconds for the ids, and for COUNT greedy tokens after the first, with llama.cpp's own settings
 
 #include "llama.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <iostream>
@@ -59,6 +61,32 @@ static bool greedy(llama_model * model, std::vector<llama_token> ids, int count)
     if (!context) return false;
     llama_free(context);
     print(made), print(logprobs), print(margins);
+    return true;
+}
+
+static bool time(llama_model * model, std::vector<llama_token> ids, int count) {
+    using clock = std::chrono::steady_clock;
+    const int rows = llama_vocab_n_tokens(llama_model_get_vocab(model));
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx = (uint32_t) (ids.size() + count + 8);
+    params.n_batch = params.n_ubatch = 512;
+    params.n_threads = params.n_threads_batch = 2;
+    llama_context * context = llama_init_from_model(model, params);
+    if (!context) return false;
+    auto start = clock::now();
+    std::vector<double> seconds;
+    for (int step = 0; step <= count; ++step) {
+        if (llama_decode(context, llama_batch_get_one(ids.data(), (int) ids.size()))) return false;
+        const float * logits = llama_get_logits_ith(context, -1);
+        ids = {(llama_token) (std::max_element(logits, logits + rows) - logits)};
+        if (step == 0 || step == count) {
+            seconds.push_back(std::chrono::duration<double>(clock::now() - start).count());
+            start = clock::now();
+        }
+    }
+    llama_free(context);
+    print(seconds);
+    std::cout.flush();
     return true;
 }
 
@@ -113,9 +141,9 @@ int main(int argc, char ** argv) {
             done = encode(model, hex);
         } else {
             int count = 0;
-            if (verb == "greedy") words >> count;
+            if (verb == "greedy" || verb == "time") words >> count;
             const std::vector<llama_token> ids{std::istream_iterator<llama_token>(words), {}};
-            done = verb == "greedy" ? greedy(model, ids, count) : score(model, ids);
+            done = verb == "greedy" ? greedy(model, ids, count) : verb == "time" ? time(model, ids, count) : score(model, ids);
         }
         if (!done) return fprintf(stderr, "llama.cpp fails at: %.60s\n", line.c_str()), 1;
     }

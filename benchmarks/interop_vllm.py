@@ -59,7 +59,6 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     greedy = SamplingParams(
         temperature=0,
         max_tokens=count,
-        min_tokens=count,
         ignore_eos=True,
         logprobs=2,
         detokenize=False,

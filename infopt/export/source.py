@@ -165,6 +165,7 @@ def _make_plain(source: Source) -> None:
         if source.rounds_activations:
             source.notes.append("the artifact rounds activations too; the export does not")
     elif source.is_rounded:
+        source.rounds_activations = bool(getattr(getattr(model.config, "quantization_config", None), "load_in_8bit", False))
         with suppress(AttributeError, ValueError, NotImplementedError), quiet():  # what stays odd is refused below
             model.dequantize()
         source.notes.append("quantized layers of the source were dequantized first")

@@ -17,12 +17,15 @@ class Arena:
 
     def __init__(self) -> None:
         self._left = torch.empty(0, dtype=torch.uint8)
+        self.chunks: list[torch.Tensor] = []
+        """uint8, in the order in which they were begun; the end of each may be unused."""
 
     def take(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes], at the start of a cache line."""
         wanted = -(-nbytes // LINE) * LINE
         if wanted > len(self._left):
             self._left = _mapped(max(wanted, CHUNK))
+            self.chunks.append(self._left)
         taken, self._left = self._left[:nbytes], self._left[wanted:]
         return taken
 

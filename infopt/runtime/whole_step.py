@@ -149,10 +149,11 @@ class WholeStep:
             f"a logit is not finite; {where} is where it first shows", hint="the model may be damaged, or too large for float16"
         )
 
-    def read_seconds(self) -> float:
+    def read_bytes_per_s(self) -> float:
         """Reads all packed weights once, with all threads: what the machine's memory gives at this moment."""
-        largest = max(self.packed, key=lambda packed: packed.weights.nbytes).weights
-        return float(self._library.infopt_read_seconds(self._engine, largest.data_ptr(), largest.nbytes)) / largest.nbytes
+        chunks = self._arena.chunks
+        seconds = sum(self._library.infopt_read_seconds(self._engine, chunk.data_ptr(), chunk.nbytes) for chunk in chunks)
+        return float(sum(chunk.nbytes for chunk in chunks) / seconds)
 
     # Packing
 

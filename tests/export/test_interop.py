@@ -68,7 +68,7 @@ def test_an_answer_no_further_off_than_rounding_is_rounding(interop: ModuleType,
     found["text_logprobs"] = [-1.01, -1.99, -3.01]
     for shift, verdict in ((0.02, "rounding"), (0.001, "DIFFERENT")):
         rounded = {"text_logprobs": [value + shift for value in WANTED["text_logprobs"]]}
-        assert interop.judge(subject, reader(interop), found, WANTED, rounded).verdict == verdict
+        assert interop.judge(subject, reader(interop), found, WANTED, [rounded]).verdict == verdict
 
 
 @pytest.mark.parametrize(("is_same", "verdict"), [(True, "DIFFERENT"), (False, "requantized")])

@@ -74,27 +74,43 @@ struct Partial {
     float most[ROWS], total[ROWS];
 };
 
-// scores [rows][positions padded to 16] = scale·q·k, −∞ where a row may not look.
-template <class T, int N>
-static void score(const Cache<T>& cache, const Queries& q, float scale, float* scores, int stride) {
-    const int dim = cache.m.head_dim, begin = q.first / LANES * LANES;
-    for (int p = begin; p < q.last; p += LANES) {
-        const T* keys = cache.keys(p);
-        F sums[N];
-        for (int r = 0; r < N; r++) sums[r] = zero();
-        for (int d = 0; d < dim; d++) {
-            const F k = load_kv(keys + int64_t(d) * LANES);
-            for (int r = 0; r < N; r++) sums[r] = fma(k, set1(q.query[r][d]), sums[r]);
-        }
-        for (int r = 0; r < N; r++) {
-            float* to = scores + int64_t(r) * stride + (p - begin);
-            store(to, mul(sums[r], set1(scale)));
-            const int low = q.from[r] > q.first ? q.from[r] : q.first, high = q.reach[r] < q.last ? q.reach[r] : q.last;
-            if (p < low || p + LANES > high)
-                for (int i = 0; i < LANES; i++)
-                    if (p + i < low || p + i >= high) to[i] = -INFINITY;
+// scores [rows][16 · BLOCKS] of the positions from `p` on = scale·q·k, −∞ where a row may not look.
+template <class T, int N, int BLOCKS>
+static inline void score_blocks(const Cache<T>& cache, const Queries& q, float scale, float* scores, int stride, int p) {
+    const T* keys[BLOCKS];
+    for (int b = 0; b < BLOCKS; b++) keys[b] = cache.keys(p + b * LANES);
+    const int ahead = p + BLOCKS * LANES;
+    const T* next = ahead < q.last ? cache.keys(ahead) : keys[0];
+    F sums[BLOCKS][N];
+    for (int b = 0; b < BLOCKS; b++)
+        for (int r = 0; r < N; r++) sums[b][r] = zero();
+    for (int d = 0; d < cache.m.head_dim; d++) {
+        __builtin_prefetch(next + int64_t(d) * LANES * BLOCKS);
+        for (int b = 0; b < BLOCKS; b++) {
+            const F k = load_kv(keys[b] + int64_t(d) * LANES);
+            for (int r = 0; r < N; r++) sums[b][r] = fma(k, set1(q.query[r][d]), sums[b][r]);
         }
     }
+    for (int r = 0; r < N; r++) {
+        const int low = q.from[r] > q.first ? q.from[r] : q.first, high = q.reach[r] < q.last ? q.reach[r] : q.last;
+        for (int b = 0; b < BLOCKS; b++) {
+            float* to = scores + int64_t(r) * stride + b * LANES;
+            const int at = p + b * LANES;
+            store(to, mul(sums[b][r], set1(scale)));
+            if (at < low || at + LANES > high)
+                for (int i = 0; i < LANES; i++)
+                    if (at + i < low || at + i >= high) to[i] = -INFINITY;
+        }
+    }
+}
+
+// scores [rows][positions padded to 16]; two blocks of positions at a time, whose sums do not wait for one another.
+template <class T, int N>
+static void score(const Cache<T>& cache, const Queries& q, float scale, float* scores, int stride) {
+    const int begin = q.first / LANES * LANES;
+    int p = begin;
+    for (; p + LANES < q.last; p += 2 * LANES) score_blocks<T, N, 2>(cache, q, scale, scores + (p - begin), stride, p);
+    if (p < q.last) score_blocks<T, N, 1>(cache, q, scale, scores + (p - begin), stride, p);
 }
 
 // out [rows][head_dim padded] = Σ weight·v, 64 numbers of the head at a time.
@@ -109,6 +125,7 @@ static void gather(const Cache<T>& cache, const Queries& q, const float* weights
             for (int c = 0; c < WIDE; c++) sums[r][c] = zero();
         const auto add_position = [&](int p, int count) {
             const T* v = cache.values(p) + d;
+            __builtin_prefetch(v + 16 * width);
             for (int c = 0; c < count; c++) {
                 const F value = load_kv(v + c * LANES);
                 for (int r = 0; r < N; r++) sums[r][c] = fma(value, set1(weights[int64_t(r) * stride + (p - begin)]), sums[r][c]);

@@ -54,7 +54,8 @@ class Pool {
     }
 
    private:
-    static constexpr int SPINS = 4000;
+    static constexpr int SPINS = 4000;    // in a step: some tens of microseconds
+    static constexpr int WAITING = 12000;  // between steps, for the next one
 
     static void relax() {
 #if defined(__x86_64__)
@@ -67,7 +68,7 @@ class Pool {
     void work(int index) {
         uint32_t seen = 0;
         for (;;) {
-            for (int tries = 0; tries < SPINS && round_.load(std::memory_order_acquire) == seen; tries++) relax();
+            for (int tries = 0; tries < WAITING && round_.load(std::memory_order_acquire) == seen; tries++) relax();
             {
                 std::unique_lock<std::mutex> lock(mutex_);
                 wake_.wait(lock, [&] { return closing_ || round_.load(std::memory_order_relaxed) != seen; });
