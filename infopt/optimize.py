@@ -25,8 +25,9 @@ from infopt.errors import InfoptError, InputError, LoadBackError
 from infopt.model import atomic, cache, checkpoint, compressed, load, reference, save, shapes
 from infopt.model.quiet import quiet
 from infopt.protocols import Context, Progress
-from infopt.recipe import EngineSection, Recipe
+from infopt.recipe import Recipe
 from infopt.result import dump
+from infopt.sections import EngineSection
 from infopt.settings import LoadOptions
 from infopt.step_log import StepLog
 from infopt.techniques.base import Technique

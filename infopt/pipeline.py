@@ -25,7 +25,8 @@ from infopt.model.cache import cache_dir
 from infopt.model.plan import LoadPlan
 from infopt.needs import missing_need
 from infopt.protocols import Context, Engine, Machine, Prediction, Progress, Sampling, Shapes
-from infopt.recipe import EngineSection, Recipe
+from infopt.recipe import Recipe
+from infopt.sections import EngineSection
 from infopt.settings import LoadOptions
 from infopt.techniques.base import Technique
 

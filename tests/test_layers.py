@@ -20,6 +20,7 @@ LEVELS: list[list[str]] = [
     ["gates", "result"],
     ["artifact", "checks", "findings", "judgement"],
     ["comparison", "verdict"],
+    ["sections"],
     ["recipe", "report"],
     ["needs", "protocols", "settings"],
     ["data", "workload"],

@@ -15,6 +15,7 @@ from stub_techniques import find
 from infopt import recipe, techniques
 from infopt.errors import RecipeError
 from infopt.recipe import Recipe
+from infopt.sections import SECTIONS
 
 
 def parse(text: str) -> Recipe:
@@ -38,14 +39,28 @@ def load(name: str) -> Recipe:
 def test_an_empty_recipe_changes_nothing_and_has_every_default() -> None:
     found = recipe.parse({"version": 1}, find, default_name="empty")
     assert found == Recipe(name="empty")
-    assert found.as_dict() == {
+    assert found.as_dict() == {  # fmt: skip
         "version": 1,
         "name": "empty",
         "about": "",
         "steps": [],
-        "sampling": {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "candidates": 1},
+        "sampling": {
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "candidates": 1,
+        },
         "cache": {"kind": "dynamic", "dtype": "auto", "prefix": False},
-        "engine": {"name": "transformers", "dtype": "auto", "compile": "never", "attention": "auto"},
+        "engine": {
+            "name": "transformers",
+            "weights": "auto",
+            "head": "auto",
+            "dtype": "auto",
+            "compile": "never",
+            "attention": "auto",
+        },
         "calibration": {"text": "bundled", "samples": 128, "tokens": 256, "seed": 0},
         "gates": {},
     }
@@ -114,7 +129,7 @@ REFUSED = {
     ),
     "{version: 1, steps: [{round: {exact: 1}}]}": ("steps[0].round.exact", "found 1", "true or false"),
     "{version: 1, steps: [{round: {ignore: lm_head}}]}": ("steps[0].round.ignore", 'found "lm_head"', "a list"),
-    "{version: 1, engine: fast}": ("engine", 'found "fast"', "{name, dtype, compile, attention}"),
+    "{version: 1, engine: fast}": ("engine", 'found "fast"', "{name, weights, head, dtype, compile, attention}"),
     "{version: 1, engine: {dtype: bf16}}": ("engine.dtype", 'found "bf16"', "auto, float32, bfloat16, float16"),
     "{version: 1, engine: {dtyp: auto}}": ("engine.dtyp", "unknown key 'dtyp'", "did you mean 'dtype'?"),
     "{version: 1, sampling: {temperature: 9}}": ("sampling.temperature", "found 9", "a number ≥ 0 ≤ 5"),
@@ -158,7 +173,7 @@ def test_long_values_are_cut() -> None:
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
 KEYS = st.sampled_from(
-    ["version", "name", "about", "extends", *recipe.SECTIONS, "steps", "gates", "round", "int8", "bits", "tokens", "dtype", "max"]
+    ["version", "name", "about", "extends", *SECTIONS, "steps", "gates", "round", "int8", "bits", "tokens", "dtype", "max"]
 )
 VALUES: st.SearchStrategy[Any] = st.deferred(
     lambda: SCALARS | st.lists(VALUES, max_size=3) | st.dictionaries(KEYS | SCALARS, VALUES, max_size=4)

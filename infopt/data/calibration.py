@@ -37,7 +37,7 @@ from infopt.needs import Needs, missing_need
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from infopt.recipe import Calibration
+    from infopt.sections import Calibration
 
 HUB = "hub:"
 CHARS_PER_TOKEN = 16

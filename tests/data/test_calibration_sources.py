@@ -16,7 +16,7 @@ from infopt.data.calibration import Source, parse_hub, read, windows
 from infopt.data.overlap import Fingerprint, Piece, Words, shares
 from infopt.data.texts import content_hash, read_text
 from infopt.errors import InputError, MissingNeedError
-from infopt.recipe import Calibration
+from infopt.sections import Calibration
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 

@@ -17,7 +17,7 @@ from infopt.data import audit, calibration, rows
 from infopt.data.row_tokens import count
 from infopt.errors import InputError
 from infopt.findings import RULES, Audit
-from infopt.recipe import Calibration
+from infopt.sections import Calibration
 
 WORDS = [first + second for first in ("ba", "ke", "lu", "mo", "ni") for second in ("dor", "fel", "gan", "hix", "jup", "mat")]
 

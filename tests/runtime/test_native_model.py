@@ -1,0 +1,189 @@
+"""Which way a model is opened, and that it answers as its module did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest_runtime import SHAPES, VOCABULARY
+from torch import nn
+
+from infopt.errors import InputError
+from infopt.kernels.packed import dense
+from infopt.layers import packing
+from infopt.layers.grid import Grid
+from infopt.runtime import architecture
+from infopt.runtime.decoder import Unfit
+from infopt.runtime.kernel_linear import KernelLinear
+from infopt.runtime.loop import Ask, Loop
+from infopt.runtime.native_model import Settings, open_native
+from infopt.runtime.steps import Run
+from infopt.runtime.swapped_step import SwappedStep
+from infopt.runtime.weights import Integers, integers, joined
+
+Make = Callable[..., Any]
+IDS = [(11 * i * i + 5 * i) % VOCABULARY for i in range(60)]
+FLOAT = Settings(threads=2, weights="float32", head="float32", kv="float32")
+
+
+def moe() -> Any:
+    config = transformers.MixtralConfig(
+        hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        vocab_size=VOCABULARY, num_local_experts=4, max_position_embeddings=512,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+
+
+def hybrid() -> Any:
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY, state_size=4)
+    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+
+
+@pytest.mark.parametrize("way", ["whole", "swapped"])
+def test_it_is_called_like_the_module_it_replaces(make: Make, way: Any) -> None:
+    model = make()
+    ids = torch.tensor([IDS[:12], IDS[20:32]])
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # padded on the left
+    alone = model(input_ids=ids[:1, 4:], use_cache=False).logits[0]
+    whole = model(input_ids=ids[1:], use_cache=False).logits[0]
+    opened = open_native(model, Settings(2, "float32", "float32", "float32", way))
+    found = opened(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert opened.step.name == way
+    assert torch.allclose(found[0, 4:], alone, atol=1e-4 * float(alone.std()), rtol=1e-4)
+    assert torch.allclose(found[1], whole, atol=1e-4 * float(whole.std()), rtol=1e-4)
+    assert (found[0, :4] == 0).all()
+    assert opened.dtype == torch.float32
+
+
+def test_experts_fall_to_swapped_layers_with_the_reason() -> None:
+    model = moe()
+    wanted = model(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
+    opened = open_native(model, FLOAT)
+    assert opened.step.name == "swapped"
+    assert len(opened.unfit) == 1
+    assert opened.unfit[0].startswith("whole steps do not fit: ")
+    found = opened(torch.tensor([IDS])).logits[0]
+    assert float((found - wanted).abs().max() / wanted.std()) < 1e-4
+
+
+def test_a_state_that_cannot_be_cut_back_falls_through_both_ways() -> None:
+    with pytest.raises(InputError, match=r"whole steps do not fit: .*; swapped layers do not fit: .*") as caught:
+        open_native(hybrid(), FLOAT)
+    assert caught.value.hint == "engine: {name: transformers}"
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral, window", "gemma3", "phi3, part rotated"])
+def test_swapped_layers_cut_fork_and_go_on(make: Make, name: str) -> None:
+    model = make(name)
+    wanted = model(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
+    other = model(input_ids=torch.tensor([[*IDS[:40], *IDS[:10]]]), use_cache=False).logits[0]
+    step = SwappedStep(model, threads=2, weights="float32", head="float32")
+    sequence = step.open()
+    step.run([Run(sequence, IDS[:50])])
+    step.cut(sequence, 40)
+    fork = step.fork(sequence)
+    found = step.run([Run(sequence, IDS[40:], all_logits=True), Run(fork, IDS[:10])])
+    assert found.logits is not None
+    assert float((found.logits[:20] - wanted[40:]).abs().max() / wanted.std()) < 1e-4
+    assert float((found.logits[20] - other[-1]).abs().max() / wanted.std()) < 1e-4
+    assert found.tokens[20] == int(other[-1].argmax())
+    assert step.length(sequence) == 60
+
+
+def test_both_ways_give_the_same_text(make: Make) -> None:
+    texts = []
+    for way in ("whole", "swapped"):
+        opened = open_native(make("qwen3"), Settings(2, "float32", "float32", "float32", way))  # type: ignore[arg-type]
+        texts.append([answer.ids for answer in Loop(opened.step).run([Ask(tuple(IDS[:20]), 24), Ask(tuple(IDS[:3]), 9)])])
+    assert texts[0] == texts[1]
+
+
+def test_a_nan_stops_swapped_layers_too(make: Make) -> None:
+    model = make()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    step = SwappedStep(model, threads=2)
+    with pytest.raises(InputError, match="not finite"):
+        step.run([Run(step.open(), IDS[:3])])
+
+
+def test_a_swapped_layer_keeps_shape_and_type() -> None:
+    layer = nn.Linear(40, 24)
+    swapped = KernelLinear(joined([layer], "float32"), _products())
+    x = torch.randn(2, 3, 40)
+    assert torch.allclose(swapped(x), layer(x), atol=1e-5)
+    assert swapped(x.bfloat16()).dtype == torch.bfloat16
+    assert swapped(torch.zeros(0, 40)).shape == (0, 24)
+
+
+def _products() -> Any:
+    from infopt.runtime.kernel_linear import Products
+
+    return Products(2)
+
+
+# Weights
+
+
+def packed_layer(grid: Grid, rows: int = 48, inner: int = 128) -> tuple[Any, torch.Tensor]:
+    """A layer as transformers holds it after it read an artifact, and what it stands for."""
+    from types import SimpleNamespace
+
+    torch.manual_seed(0)
+    tensors, stands_for = packing.pack(torch.randn(rows, inner), grid)
+    scheme = packing.scheme(grid)
+    return SimpleNamespace(quantization_scheme=scheme, bias=None, **tensors), stands_for
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [Grid(4, 32), Grid(4, 64), Grid(4, None), Grid(8, 32), Grid(8, None), Grid(4, 64, symmetric=False),
+     Grid(8, None, activations="token")],
+    ids=str,
+)  # fmt: skip
+def test_stored_integers_are_packed_as_they_are(grid: Grid) -> None:
+    layer, stands_for = packed_layer(grid)
+    stored = integers(layer)
+    assert isinstance(stored, Integers)
+    assert stored.bits == grid.bits
+    packed = joined([layer, layer], "float32")
+    assert packed.kind == f"int{grid.bits}"
+    assert torch.allclose(dense(packed), torch.cat([stands_for, stands_for]), atol=1e-6)
+
+
+def test_other_widths_and_groups_become_floating_point() -> None:
+    layer, stands_for = packed_layer(Grid(4, 16))
+    packed = joined([layer], "float32")
+    assert packed.kind == "float32"
+    assert torch.allclose(dense(packed), stands_for, atol=1e-6)
+
+
+def test_what_holds_no_plain_weight_is_refused(make: Make) -> None:
+    class Strange(nn.Module):
+        weight = torch.zeros(10, 1, dtype=torch.uint8)
+        out_features = 10
+
+    with pytest.raises(Unfit, match="its layers are Strange"):
+        joined([Strange()], "auto")
+
+
+def test_own_types_are_kept() -> None:
+    assert joined([nn.Linear(32, 16).bfloat16()], "auto").kind == "bfloat16"
+    assert joined([nn.Linear(32, 16).half()], "auto").kind == "float32"
+    bias = joined([nn.Linear(32, 16, bias=False), nn.Linear(32, 16)], "int8").bias
+    assert bias is not None
+    assert (bias[:16] == 0).all()
+    assert (bias[16:] != 0).any()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_small_models_are_of_the_same_class(make: Make, name: str) -> None:
+    model = make(name)
+    before = torch.random.get_rng_state()
+    small = architecture.small_copy(model)
+    assert type(small) is type(model)
+    assert small.config.num_hidden_layers == 2
+    assert torch.equal(before, torch.random.get_rng_state())
