@@ -170,7 +170,8 @@ def rounded_inputs(x: torch.Tensor) -> torch.Tensor:
     """`x` [tokens, inner] float32 as integer weights meet it: int8, a scale for each token's group of 32."""
     grouped = pad_columns(x.float(), GROUP).reshape(len(x), -1, GROUP)
     largest = grouped.abs().amax(-1, keepdim=True)
-    steps = torch.where(largest > 0, 127 / largest, 0)
+    # `127 / largest` would be 127 times the reciprocal in torch, which now and then rounds a tie the other way.
+    steps = torch.where(largest > 0, torch.tensor(127.0) / largest, 0)
     return torch.flatten((grouped * steps).round() * (largest / 127), 1)[:, : x.shape[1]]
 
 
