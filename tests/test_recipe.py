@@ -39,7 +39,7 @@ def load(name: str) -> Recipe:
 def test_an_empty_recipe_changes_nothing_and_has_every_default() -> None:
     found = recipe.parse({"version": 1}, find, default_name="empty")
     assert found == Recipe(name="empty")
-    assert found.as_dict() == {  # fmt: skip
+    assert found.as_dict() == {
         "version": 1,
         "name": "empty",
         "about": "",
