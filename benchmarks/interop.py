@@ -67,6 +67,7 @@ RECIPES: dict[str, tuple[str, ...]] = dict.fromkeys((
 ), ()) | {
     "rtn_int4, a zero point": ("steps.0.rtn.symmetric=false",),
     "rtn_int4, per row": ("steps.0.rtn.group_size=null",),
+    "rtn_w8a8, no zero points": ("steps.0.rtn.activations=token",),
 }  # fmt: skip
 #: (name, recipe or None for the model itself, format, type)
 EXPORTS = (

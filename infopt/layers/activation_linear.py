@@ -27,6 +27,18 @@ def round_tokens(x: torch.Tensor, kind: Kind) -> torch.Tensor:
     return rounded.mul_(scale)
 
 
+def round_tokens_asymmetric(x: torch.Tensor) -> torch.Tensor:
+    """`x` [..., features] with one scale and one zero point per token, rounded to int8; as floats of x's dtype.
+
+    −128 … 127 span the token's range, widened to hold 0, which is a point of the grid: one-sided inputs lose no half of it.
+    """
+    low, high = x.amin(-1, keepdim=True).clamp_(max=0), x.amax(-1, keepdim=True).clamp_(min=0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+    zero = (-128 - low / scale).clamp_(-128, 127).round_()
+    return (x / scale).add_(zero).clamp_(-128, 127).round_().sub_(zero).mul_(scale)
+
+
 def round_groups(x: torch.Tensor, overall: torch.Tensor | None = None) -> torch.Tensor:
     """`x` [..., features] rounded to E2M1 as floats of x's dtype.
 
@@ -45,23 +57,30 @@ def round_groups(x: torch.Tensor, overall: torch.Tensor | None = None) -> torch.
 class ActivationLinear(nn.Linear):
     """y = W·x̂ + b, x̂ = x rounded to numbers of `kind`; made from a plain layer, whose parameters it takes over.
 
-    `input_global_scale`: float32 [1], of nvfp4 only, from calibration.
+    `input_global_scale`: float32 [1], of nvfp4 only, from calibration. `is_symmetric`: without a zero point; int alone can
+    have one.
     """
 
     input_global_scale: torch.Tensor | None
 
-    def __init__(self, linear: nn.Linear, kind: Kind, input_global_scale: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, linear: nn.Linear, kind: Kind, input_global_scale: torch.Tensor | None = None, *, is_symmetric: bool = True
+    ) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.kind = kind
+        self.kind, self.is_symmetric = kind, is_symmetric
         self.register_buffer("input_global_scale", input_global_scale, persistent=False)
         self.train(linear.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out] in x's dtype."""
-        per_token = self.kind in ("int", "fp8")
-        x = round_tokens(x, self.kind) if per_token else round_groups(x, self.input_global_scale)
+        if not self.is_symmetric:
+            x = round_tokens_asymmetric(x)
+        elif self.kind in ("int", "fp8"):
+            x = round_tokens(x, self.kind)
+        else:
+            x = round_groups(x, self.input_global_scale)
         return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, inputs rounded to {self.kind}"
+        return f"{super().extra_repr()}, inputs rounded to {self.kind}{'' if self.is_symmetric else ' with a zero point'}"

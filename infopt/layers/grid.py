@@ -16,7 +16,7 @@ from infopt.protocols import Machine, Prediction, Shapes
 
 ScaleDType = Literal["auto", "float32", "bfloat16", "float16"]
 Kind = Literal["int", "fp8", "mxfp4", "nvfp4"]
-Activations = Literal["none", "token", "group"]
+Activations = Literal["none", "token", "token_asymmetric", "group"]
 USUAL_GROUPS = (16, 32, 48, 64, 96, 128, 192, 256, 512)
 HEAD = "lm_head"
 #: Bytes moved per weight while one layer is rounded and packed, in float32 and int32; fitted to measured seconds.
@@ -37,7 +37,7 @@ class Grid:
     (0, ½, 1, 1½, 2, 3, 4, 6) times a power of two per 32, or times an E4M3 scale per 16 and one float32 per layer.
     `scale_dtype` is what int and fp8 scales are rounded to and stored in; `auto` is the model's dtype.
     `activations`: a layer's input is rounded to the same kind of numbers while it runs, with one scale per token (int at
-    8 bits, fp8) or per group (mxfp4).
+    8 bits, fp8), one scale and one zero point per token (`token_asymmetric`, int at 8 bits) or one scale per group (mxfp4).
     """
 
     bits: int

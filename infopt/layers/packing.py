@@ -109,7 +109,7 @@ def _arguments(grid: Grid, *, is_input: bool = False) -> QuantizationArgs:
         named |= {"strategy": "tensor_group", "group_size": 16}
         named |= {"scale_dtype": torch.float8_e4m3fn, "zp_dtype": torch.float8_e4m3fn}
     elif is_input:
-        named["strategy"] = "token"
+        named |= {"strategy": "token", "symmetric": grid.activations != "token_asymmetric"}
     else:
         named |= {"strategy": "group", "group_size": grid.group_size} if grid.group_size else {"strategy": "channel"}
         named["symmetric"] = grid.symmetric
@@ -254,7 +254,8 @@ def activate(model: nn.Module, packed: Mapping[str, Mapping[str, torch.Tensor]],
         assert isinstance(linear, nn.Linear)
         scale = tensors.get("input_global_scale")
         overall = None if scale is None else scale.to(linear.weight.device)
-        model.set_submodule(name, ActivationLinear(linear, grid.kind, overall))
+        is_symmetric = grid.activations != "token_asymmetric"
+        model.set_submodule(name, ActivationLinear(linear, grid.kind, overall, is_symmetric=is_symmetric))
 
 
 def config(grids: Mapping[str, Grid] | Grid, ignored: list[str]) -> dict[str, Any]:
@@ -320,8 +321,8 @@ def unpacked(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
     kinds: dict[tuple[str, int, int | None], Kind] = {
         ("int", 8, None): "int", ("float", 8, None): "fp8", ("float", 4, 32): "mxfp4", ("float", 4, 16): "nvfp4",
     }  # fmt: skip
-    scale = getattr(module, "input_global_scale", None)
-    return ActivationLinear(linear, kinds[inputs.type, inputs.num_bits, inputs.group_size], None if scale is None else scale.data)
+    kind, scale = kinds[inputs.type, inputs.num_bits, inputs.group_size], getattr(module, "input_global_scale", None)
+    return ActivationLinear(linear, kind, None if scale is None else scale.data, is_symmetric=inputs.symmetric)
 
 
 def open_packed(model: nn.Module, make: Callable[[nn.Module], nn.Module] | None = None) -> None:

@@ -16,6 +16,7 @@ from infopt.layers.grid import Grid
 
 GRIDS = {
     "int": Grid(8, activations="token"),
+    "zero point": Grid(8, activations="token_asymmetric"),
     "fp8": Grid(8, kind="fp8", activations="token"),
     "mxfp4": Grid(4, 32, kind="mxfp4", activations="group"),
     "nvfp4": Grid(4, 16, kind="nvfp4", activations="group"),
@@ -25,6 +26,8 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 
 def rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "zero point":
+        return activation_linear.round_tokens_asymmetric(x)
     if kind in ("int", "fp8"):
         return activation_linear.round_tokens(x, kind)  # type: ignore[arg-type]
     return activation_linear.round_groups(x, small_floats.global_scale(x) if kind == "nvfp4" else None)
@@ -37,6 +40,7 @@ def rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
 def test_it_is_what_compressed_tensors_computes(kind: str, dtype: torch.dtype, seed: int, size: float) -> None:
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(seed)).mul(size)
     x[0, 0], x[1, 2, :32] = 0, 0
+    x[0, 1], x[1, 1] = x[0, 1].abs(), -x[1, 1].abs()
     x = x.to(dtype)
     layer = nn.Linear(64, 8)
     layer.quantization_scheme = packing.scheme(GRIDS[kind])
@@ -55,6 +59,18 @@ def test_int8_per_token_by_hand() -> None:
     assert rounded(x, "int").tolist() == [[[127.0, 1.0, -63.0, 0.0], [0.0, 0.0, 0.0, 0.0]]]
 
 
+def test_a_zero_point_per_token_by_hand() -> None:
+    x = torch.tensor([[[-10.2, 244.8, 1.2, 0.0], [3.0, 255.0, 254.4, 40.4], [0.0, 0.0, 0.0, 0.0]]])
+    # Steps of 1: −128 stands for −10 and 127 for 245; a token without negative numbers has its 0 at −128.
+    assert rounded(x, "zero point").tolist() == [[[-10.0, 245.0, 1.0, 0.0], [3.0, 255.0, 254.0, 40.0], [0.0] * 4]]
+
+
+def test_a_zero_point_spends_no_numbers_on_what_does_not_occur() -> None:
+    x = torch.rand(3, 64, generator=torch.Generator().manual_seed(4)) - 0.1
+    errors = [float((rounded(x, kind) - x).square().mean()) for kind in ("zero point", "int")]
+    assert errors[0] < 0.5 * errors[1]
+
+
 def test_fp8_per_token_by_hand() -> None:
     x = torch.tensor([[448.0, 17.0, 0.3]])
     assert torch.equal(rounded(x, "fp8"), torch.tensor([[448.0, 16.0, 0.3125]]))
@@ -64,7 +80,7 @@ def test_fp8_per_token_by_hand() -> None:
 def test_it_stays_near_the_input(kind: str) -> None:
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     error = float((rounded(x, kind) - x).norm() / x.norm())
-    assert 0 < error < {"int": 0.01, "fp8": 0.04, "mxfp4": 0.15, "nvfp4": 0.12}[kind]
+    assert 0 < error < {"int": 0.01, "zero point": 0.01, "fp8": 0.04, "mxfp4": 0.15, "nvfp4": 0.12}[kind]
 
 
 def test_tokens_do_not_see_each_other() -> None:
@@ -79,13 +95,14 @@ def test_the_layer_multiplies_what_it_rounds(kind: str) -> None:
     linear = nn.Linear(64, 8)
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(2))
     overall = small_floats.global_scale(x) if kind == "nvfp4" else None
-    layer = ActivationLinear(linear, kind, overall)  # type: ignore[arg-type]
+    is_symmetric = kind != "zero point"
+    layer = ActivationLinear(linear, GRIDS[kind].kind, overall, is_symmetric=is_symmetric)
     assert layer.weight is linear.weight
     assert layer.bias is linear.bias
     expected = rounded(x, kind).double() @ linear.weight.double().T + linear.bias.double()
     assert torch.allclose(layer(x).double(), expected, atol=1e-5)
     assert set(layer.state_dict()) == {"weight", "bias"}
-    assert f"inputs rounded to {kind}" in repr(layer)
+    assert f"inputs rounded to {GRIDS[kind].kind}{'' if is_symmetric else ' with a zero point'}" in repr(layer)
 
 
 def test_only_named_layers_are_swapped() -> None:

@@ -162,10 +162,12 @@ def test_every_width_loads_back_identically(
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny-qwen2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("activations", ["token", "token_asymmetric"])
 def test_w8a8_is_what_plain_transformers_computes(
-    kind: str, dtype: str, make: Callable[..., Any], build: Callable[..., Any], logits: Callable[..., Any], tmp_path: Path
-) -> None:
-    technique = make("rtn", bits=8, group_size=None, activations="token")
+    activations: str, kind: str, dtype: str,
+    make: Callable[..., Any], build: Callable[..., Any], logits: Callable[..., Any], tmp_path: Path,
+) -> None:  # fmt: skip
+    technique = make("rtn", bits=8, group_size=None, activations=activations)
     bundle = build(technique, kind, dtype)
     save.save(bundle, tmp_path / "out")
     plain = load.load(reference.parse(str(tmp_path / "out")), LoadPlan(is_plain=True))
@@ -177,14 +179,19 @@ def test_w8a8_is_what_plain_transformers_computes(
     assert not torch.equal(logits(weights_only), logits(bundle))
 
 
-def test_w8a8_is_the_format_of_int8_kernels(make: Callable[..., Any], build: Callable[..., Any], tmp_path: Path) -> None:
-    save.save(build(make("rtn", bits=8, group_size=None, activations="token")), tmp_path / "out")
+@pytest.mark.parametrize("activations", ["token", "token_asymmetric"])
+def test_w8a8_is_the_format_of_int8_kernels(
+    activations: str, make: Callable[..., Any], build: Callable[..., Any], tmp_path: Path
+) -> None:
+    save.save(build(make("rtn", bits=8, group_size=None, activations=activations)), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["format"] == "int-quantized"
     (group,) = config["config_groups"].values()
     assert (group["weights"]["strategy"], group["weights"]["num_bits"]) == ("channel", 8)
     inputs = group["input_activations"]
     assert (inputs["type"], inputs["num_bits"], inputs["strategy"], inputs["dynamic"]) == ("int", 8, "token", True)
+    assert inputs["symmetric"] is (activations == "token")
+    assert group["weights"]["symmetric"] is True
 
 
 def test_activations_that_no_engine_multiplies_are_refused() -> None:
@@ -196,6 +203,8 @@ def test_activations_that_no_engine_multiplies_are_refused() -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             Rtn(RtnOptions(activations="token", **options)).check(size, "steps[0].rtn")
+    with pytest.raises(RecipeError, match=r"rtn\.bits: found 4; allowed with activations: token_asymmetric is 8"):
+        Rtn(RtnOptions(activations="token_asymmetric", group_size=None)).check(size, "steps[0].rtn")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
