@@ -26,7 +26,7 @@ from infopt.model.plan import LoadPlan
 from infopt.needs import missing_need
 from infopt.protocols import Context, Engine, Machine, Prediction, Progress, Sampling, Shapes
 from infopt.recipe import Recipe
-from infopt.sections import EngineSection
+from infopt.sections import OWN_DRAFTS, EngineSection
 from infopt.settings import LoadOptions
 from infopt.techniques.base import Technique
 
@@ -259,38 +259,88 @@ def open_arm(spec: ArmSpec, device: str, options: LoadOptions, progress: Progres
         assert not changes_weights(spec.recipe), "open an arm's artifact, not its recipe"
         plan = load_plan(spec.recipe, device, trust_remote_code=options.trust_remote_code)
         bundle = load.load(resolve(spec.model, options), plan, progress)
-    return _natively(bundle, spec.recipe, device, progress) if spec.recipe.engine.name == NATIVE else bundle
+    return natively(bundle, spec.recipe, device, options, progress) if spec.recipe.engine.name == NATIVE else bundle
 
 
-def _natively(bundle: Bundle, chosen: Recipe, device: str, progress: Progress) -> Bundle:
-    """The bundle with its module replaced by what the native engine runs."""
+def natively(bundle: Bundle, chosen: Recipe, device: str, options: LoadOptions, progress: Progress = lambda line: None) -> Bundle:
+    """The bundle with its module replaced by what the native engine runs; as it was, with a note, where no native way fits.
+
+    Raises InputError for a draft that does not go with the model, or that only the native engine could use.
+    """
+    from infopt.runtime.decoder import Unfit
+
+    try:
+        if device != "cpu":
+            raise Unfit(f"it runs on CPUs, not on {device}")
+        opened = _opened(bundle, chosen, progress)
+    except (Unfit, MissingNeedError) as error:
+        if chosen.speculative and chosen.speculative.draft != "prompt_lookup":
+            raise InputError(f"draft {chosen.speculative.draft!r} needs the native engine: {error}") from None
+        note = f"stock generate of transformers; the native engine does not fit: {error}"
+        progress(note)
+        return replace(bundle, notes=(note,))
+    for line in opened.notes[1:]:
+        progress(line)
+    for name in chosen.speculative.models if chosen.speculative else ():
+        progress(f"opening the draft {name}")
+        opened.drafts[name] = _draft(name, bundle, chosen, options, progress)
+    return replace(bundle, model=opened, notes=opened.notes)
+
+
+def _opened(bundle: Bundle, chosen: Recipe, progress: Progress) -> Any:
+    """A NativeModel of the bundle's module, which it consumes. Raises Unfit, MissingNeedError."""
     import torch
 
     from infopt.runtime.native_model import Settings, open_native
 
-    if device != "cpu":
-        raise InputError(f"the native engine runs on CPUs, not on {device}", hint="--device cpu, or engine: {name: transformers}")
     section, kv = chosen.engine, "float16" if chosen.cache.dtype == "auto" else chosen.cache.dtype
-    settings = Settings(torch.get_num_threads(), section.weights, section.head, kv, most_kv_bytes=memory.available() // 2)
-    opened: Any = open_native(bundle.model, settings, progress)
-    for line in opened.unfit:
-        progress(line)
-    return replace(bundle, model=opened)
+    settings = Settings(
+        torch.get_num_threads(), section.weights, section.head, kv, section.way, most_kv_bytes=memory.available() // 2
+    )
+    return open_native(bundle.model, settings, progress)
+
+
+def _draft(name: str, target: Bundle, chosen: Recipe, options: LoadOptions, progress: Progress) -> Any:
+    """The native step of a model that drafts for `target`. Raises InputError where it does not know the same tokens."""
+    ref = Path(name).expanduser()
+    if artifact.is_artifact(ref):
+        found = reopen(ref, EngineSection(), "cpu", options, progress)
+    else:
+        found = load.load(resolve(name, options), load_plan(as_stored(chosen), "cpu"), progress)
+    ours, theirs = target.tokenizer.get_vocab(), found.tokenizer.get_vocab()
+    if ours != theirs:
+        differing = sum(theirs.get(token) != index for token, index in ours.items())
+        raise InputError(
+            f"speculative.draft: {name} knows other tokens than the model ({len(theirs)} against {len(ours)}, {differing} of the "
+            "model's differ); allowed: a model with the same vocabulary",
+            hint="speculative: {draft: prompt_lookup} needs no second model",
+        )
+    return _opened(found, chosen, progress).step
 
 
 def engine(bundle: Bundle, chosen: Recipe) -> Engine:
-    """The recipe's engine around an open model. Raises InputError for settings that do not go together."""
-    section, cache, sampling = chosen.engine, chosen.cache, chosen.sampling
-    make = engines.find(section.name)
+    """The recipe's engine around an open model: stock `generate` where the native engine does not run it.
+
+    Raises InputError for settings that do not go together.
+    """
+    section, cache, speculative = chosen.engine, chosen.cache, chosen.speculative
+    is_stock = section.name == NATIVE and not hasattr(bundle.model, "step")
+    options: dict[str, Any] = {"draft": speculative.draft} if speculative else {}
+    if speculative and speculative.tokens != "auto":
+        options["draft_tokens"] = speculative.tokens
+    if speculative and section.name == NATIVE and not is_stock:
+        own = OWN_DRAFTS if bundle.model.step.name == "whole" else OWN_DRAFTS[:1]
+        options |= {"draft_layers": speculative.layers, "among": (*own, *speculative.models)}
+    make = engines.find("transformers" if is_stock else section.name)
     made: Engine = make(
         bundle.model,
         pad_token_id=bundle.tokenizer.pad_token_id,
-        sampling=Sampling(**sampling.model_dump()),
+        sampling=Sampling(**chosen.sampling.model_dump()),
         cache=cache.kind,
         prefix=cache.prefix,
-        draft=chosen.speculative.draft if chosen.speculative else None,
-        draft_tokens=None if chosen.speculative is None or chosen.speculative.tokens == "auto" else chosen.speculative.tokens,
         compile=section.compile,
+        notes=bundle.notes,
+        **options,
     )
     return made
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from infopt.sections import Choose
+
 Progress = Callable[[str], None]
 """Called with one short line of what is happening; never with a newline."""
 
@@ -34,7 +36,9 @@ class Trace:
 
     `emission_s[i]` is when step i's tokens were on the host, `emission_tokens[i]` how many tokens each row got in it
     (speculation emits several). `output_ids` holds one tuple per request, prompt excluded. `reused_tokens`: of each row's
-    prompt, those that a prefix cache held and no forward pass consumed.
+    prompt, those that a prefix cache held and no forward pass consumed. `accepted_at[i]`: how many drafts had an i-th token,
+    and how many of these were kept that far. `mean_logprobs`: of each row's tokens, in nats, as
+    the model gave them before temperature and filters; None where `Sampling.choose` asked for none, or the engine has none.
     """
 
     output_ids: tuple[tuple[int, ...], ...]
@@ -44,6 +48,8 @@ class Trace:
     drafted: int | None = None
     accepted: int | None = None
     reused_tokens: int | None = None
+    accepted_at: tuple[tuple[int, int], ...] | None = None
+    mean_logprobs: tuple[float | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,20 @@ class Sampling:
     """Tokens less likely than this share of the likeliest one are ruled out."""
     repetition_penalty: float = 1.0
     """Above 1: what was seen, prompt included, becomes less likely."""
+    choose: Choose | None = None
+    """How one of the candidates is chosen by whoever reads them; engines then hand out `Trace.mean_logprobs`."""
+    answer: str | None = None
+    """Under `majority`: the regular expression whose last match counts."""
 
 
 class Engine(Protocol):
-    """Runs one open model. Requests given in one call form one static batch."""
+    """Runs one open model. Requests given in one call form one static batch.
+
+    `notes`: how it runs the model, and why so, a line each; they may grow with the first call.
+    """
 
     name: str
+    notes: tuple[str, ...]
 
     def generate(self, requests: Sequence[Request]) -> Trace: ...
 

@@ -48,6 +48,8 @@ class Sample(Record):
     detokenize_s: float | None = None
     drafted: int | None = None
     accepted: int | None = None
+    accepted_at: tuple[tuple[int, int], ...] | None = None
+    """By position in a draft: drafts that reached so far, and those of them that were kept so far."""
     reused_tokens: int | None = None
     """Of each row's prompt, tokens that a prefix cache held."""
     scheduled_s: float | None = None
@@ -96,6 +98,8 @@ class Arm(Record):
     engine: str
     dtype: str
     device: str
+    notes: tuple[str, ...] = ()
+    """How the engine ran it, and why so."""
 
 
 class Run(Record):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Packed = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+Choose = Literal["mean_logprob", "majority", "check"]
 
 
 class Section(BaseModel):
@@ -15,20 +17,63 @@ class Section(BaseModel):
 
 
 class Speculative(Section):
-    """`prompt_lookup`: n-grams of the prompt and output so far are the draft. `tokens` is the longest draft; auto: as many as
-    pay in the native engine, 10 elsewhere."""
+    """`draft`: prompt_lookup, n-grams of the prompt and output so far; self, the model's own early layers with its head; a model
+    or an artifact with the same vocabulary; auto, whichever of prompt_lookup, self and `among` is fastest in a short trial
+    on the prompts at hand, or none. All but prompt_lookup need the native engine. `tokens`: of the longest draft; auto: as
+    many as pay in the native engine, 10 elsewhere. `layers`: those that `self` drafts with; null is a quarter of them."""
 
-    draft: Literal["prompt_lookup"]
-    tokens: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 10
+    draft: Annotated[str, Field(min_length=1)]
+    tokens: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = "auto"
+    layers: Annotated[int, Field(ge=1)] | None = None
+    among: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Speculative:
+        if self.among and self.draft != "auto":
+            raise ValueError(f"found among with draft: {self.draft}; allowed: draft: auto")
+        if self.layers is not None and self.draft not in ("self", "auto"):
+            raise ValueError(f"found layers with draft: {self.draft}; allowed: draft: self or auto")
+        return self
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The references of models that draft."""
+        named = self.among if self.draft == "auto" else (self.draft,)
+        return tuple(name for name in named if name not in OWN_DRAFTS)
+
+
+OWN_DRAFTS = ("prompt_lookup", "self")
+"""Drafts that need no second model."""
 
 
 class SamplingSection(Section):
+    """`choose`: which of the candidates is the answer (see `infopt.data.candidates`); null leaves them all. `answer`: a regular
+    expression whose last match, or first group of it, is what a majority agrees on; null takes the whole text."""
+
     temperature: float = Field(default=0.0, ge=0, le=5)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0, lt=1)
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
     candidates: int = Field(default=1, ge=1, le=256)
+    choose: Choose | None = None
+    answer: str | None = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> SamplingSection:
+        if self.candidates > 1 and self.temperature == 0:
+            raise ValueError(
+                f"found candidates: {self.candidates} at temperature 0; allowed: temperature above 0, or candidates: 1"
+            )
+        if self.choose and self.candidates == 1:
+            raise ValueError(f"found choose: {self.choose} with candidates: 1; allowed: candidates: 2 or more")
+        if self.answer is not None and self.choose != "majority":
+            raise ValueError(f"found answer: {self.answer!r} with choose: {self.choose or 'null'}; allowed: choose: majority")
+        try:
+            re.compile(self.answer or "")
+        except re.error as error:
+            raise ValueError(f"found answer: {self.answer!r} ({error}); allowed: a pattern of Python's re") from None
+        return self
 
 
 class Cache(Section):
@@ -41,11 +86,13 @@ class Cache(Section):
 
 class EngineSection(Section):
     """`weights` and `head` are the native engine's: what it turns floating-point weights into as it opens a model. Integers have
-    groups of 32 inputs; auto keeps the type that they have, and makes the head int8 where other weights are integers."""
+    groups of 32 inputs; auto keeps the type that they have, and makes the head int8 where other weights are integers. `way`:
+    whole steps in one call, transformers' modules with swapped linear layers, or the first of these that fits."""
 
-    name: str = "transformers"
+    name: str = "native"
     weights: Packed = "auto"
     head: Packed = "auto"
+    way: Literal["auto", "whole", "swapped"] = "auto"
     dtype: DType = "auto"
     compile: Literal["never", "auto"] = "never"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"

@@ -15,18 +15,20 @@ from infopt.protocols import Request, Sampling, Trace
 
 if TYPE_CHECKING:
     from infopt.runtime.drafts import Drafter
-    from infopt.runtime.loop import Answer, Told
+    from infopt.runtime.loop import Answer, Ask, Told
     from infopt.runtime.native_model import NativeModel
 
 
 class NativeEngine:
     """`model` comes from `pipeline.open_arm` under `engine: {name: native}`.
 
-    `draft`: what proposes tokens: prompt_lookup, or None; `draft_tokens`: how many at most, None for as many as pay.
-    Raises InputError for settings that do not go together.
+    `draft`: what proposes tokens: prompt_lookup, self, the name of one of `model.drafts`, auto for whichever of `among` is
+    fastest in a short trial on the first prompts, or None. `draft_tokens`: how many at most, None for as many as pay.
+    `draft_layers`: those that `self` drafts with, None for a quarter. Raises InputError for settings that do not go together.
     """
 
     name = "native"
+    notes: tuple[str, ...]
 
     def __init__(
         self,
@@ -38,7 +40,10 @@ class NativeEngine:
         prefix: bool = False,
         draft: str | None = None,
         draft_tokens: int | None = None,
+        draft_layers: int | None = None,
+        among: Sequence[str] = (),
         compile: str = "never",
+        notes: tuple[str, ...] = (),
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         from infopt.runtime.draft_length import DraftLength
@@ -48,9 +53,13 @@ class NativeEngine:
         _check(self.sampling, prefix, compile)
         eos: Any = model.generation_config.eos_token_id
         self._ends = frozenset(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
-        self._draft = draft
-        length = DraftLength(most=draft_tokens or MOST_DRAFTED, is_fixed=draft_tokens is not None)
-        self._loop = Loop(model.step, self._drafter if draft else None, length, now)
+        self._draft, self._now = draft, now
+        self._most = draft_tokens or MOST_DRAFTED
+        self.notes = notes
+        self._drafters = {name: self._drafter(name, draft_layers) for name in (among if draft == "auto" else [draft]) if name}
+        length = DraftLength(most=self._most, is_fixed=draft_tokens is not None)
+        self._loop = Loop(model.step, self._drafters[draft] if draft and draft != "auto" else None, length, now)
+        self._is_chosen = draft != "auto"
 
     def generate(self, requests: Sequence[Request]) -> Trace:
         """Answers the requests. Rows come in request order, each request's `sampling.candidates` rows together."""
@@ -61,22 +70,37 @@ class NativeEngine:
         asks = [
             Ask(
                 request.prompt_ids, request.max_new_tokens, self.sampling, request.seed,
-                frozenset() if request.ignore_eos else self._ends,
+                frozenset() if request.ignore_eos else self._ends, keep_logprobs=self.sampling.choose is not None,
             )
             for request in requests
         ]  # fmt: skip
+        if not self._is_chosen:
+            self._choose(asks)
         told: list[Told] = []
         answers = self._loop.run(asks, lambda each, _: told.append(each))
-        return _trace(told, answers, drafts=self._draft is not None)
+        return _trace(told, answers, drafts=self._loop.drafter is not None)
 
     def close(self) -> None:
         """Gives the model up."""
         del self._loop, self.model
 
-    def _drafter(self) -> Drafter:
-        from infopt.runtime.drafts import PromptLookup
+    def _drafter(self, name: str, layers: int | None) -> Drafter:
+        from infopt.runtime.drafts import ModelDraft, PromptLookup
 
-        return PromptLookup()
+        if name == "prompt_lookup":
+            return PromptLookup()
+        if name == "self":
+            return ModelDraft(self.model.early(layers))
+        return ModelDraft(self.model.drafts[name])
+
+    def _choose(self, asks: Sequence[Ask]) -> None:
+        """Once, on the prompts of the first call."""
+        from infopt.runtime import draft_choice
+        from infopt.runtime.loop import Loop
+
+        best, said = draft_choice.choose(self.model.step, self._drafters, self._most, asks, self._now)
+        self._loop = Loop(self.model.step, best.drafter, best.length, self._now)
+        self.notes, self._is_chosen = (*self.notes, said), True
 
 
 ENGINE = NativeEngine
@@ -97,16 +121,22 @@ def _check(sampling: Sampling, prefix: bool, compile: str) -> None:
 
 
 def _trace(told: list[Told], answers: list[Answer], *, drafts: bool) -> Trace:
-    if len(answers) > 1 and any(len(set(each.tokens)) > 1 for each in told if 0 not in each.tokens):
-        # Rows that accept different numbers of drafted tokens: a step counts what its slowest row got.
-        counts = [max(1, min(each.tokens)) for each in told]
-    else:
-        counts = [max(each.tokens) for each in told]
+    """A step counts what the slowest of the rows that it served got: rows may accept different numbers of drafted tokens."""
+    counts = [min((tokens for tokens in each.tokens if tokens), default=1) for each in told]
+    made = [draft for each in told for draft in each.drafts]
+    longest = max((drafted for drafted, _ in made), default=0)
     return Trace(
         output_ids=tuple(tuple(answer.ids) for answer in answers),
         emission_s=tuple(each.seconds for each in told),
         emission_tokens=tuple(counts),
         prefill_s=told[0].seconds if told else None,
-        drafted=sum(each.drafted for each in told) if drafts else None,
-        accepted=sum(each.accepted for each in told) if drafts else None,
+        drafted=sum(drafted for drafted, _ in made) if drafts else None,
+        accepted=sum(kept for _, kept in made) if drafts else None,
+        accepted_at=tuple(_accepted_at(made, position) for position in range(longest)) if drafts else None,
+        mean_logprobs=tuple(answer.mean_logprob for answer in answers) if any(answer.logprobs for answer in answers) else None,
     )
+
+
+def _accepted_at(drafts: list[tuple[int, int]], position: int) -> tuple[int, int]:
+    """Drafts that reached so far, and those of them that were kept so far."""
+    return sum(drafted > position for drafted, _ in drafts), sum(kept > position for _, kept in drafts)

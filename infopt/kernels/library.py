@@ -6,6 +6,7 @@ import ctypes
 import os
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "infopt_isa": (c_char_p, ()),
     "infopt_page_bytes": (c_int64, (POINTER(CModel),)),
     "infopt_open": (c_void_p, (POINTER(CModel), c_int32)),
+    "infopt_open_beside": (c_void_p, (POINTER(CModel), c_void_p)),
     "infopt_close": (None, (c_void_p,)),
     "infopt_step": (None, (c_void_p, POINTER(CBatch))),
     "infopt_multiply": (None, (c_void_p, POINTER(CMatrix), c_void_p, c_int32, c_void_p)),
@@ -92,17 +94,27 @@ def load(isa: str | None = None) -> ctypes.CDLL:
     wanted = isa or os.environ.get("INFOPT_ISA") or build.usable()[0]
     if wanted not in build.usable():
         raise MissingNeedError(f"this processor does not run {wanted}", hint=f"it runs {', '.join(build.usable())}")
-    path = build.find(wanted)
     try:
-        library = ctypes.CDLL(str(path))
-    except OSError:  # cut short, or for another kind of processor: once more, from the sources
-        library = ctypes.CDLL(str(build.build(wanted, path)))
+        library = ctypes.CDLL(str(build.find(wanted)))
+    except OSError:  # for another kind of processor, or a newer glibc: once more, from the sources
+        library = _loaded(build.rebuilt(wanted))
+    library.infopt_isa.restype = c_char_p
+    if library.infopt_isa().decode() != wanted:
+        raise MissingNeedError(
+            f"{library._name} was built for {library.infopt_isa().decode()}, not for {wanted}", hint=f"remove {library._name}"
+        )
     for name, (returned, taken) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = returned, taken
-    if library.infopt_isa().decode() != wanted:
-        raise MissingNeedError(f"{path} was built for {library.infopt_isa().decode()}, not for {wanted}", hint=f"remove {path}")
     return library
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        hint = f"set INFOPT_CACHE to a folder whose files may be executed; {build.HINT}"
+        raise MissingNeedError(f"the kernel library cannot be loaded: {error}", hint=hint) from None
 
 
 def matrix(packed: Packed) -> CMatrix:

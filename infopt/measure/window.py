@@ -159,6 +159,7 @@ class _Runner:
             detokenize_s=detokenise_s,
             drafted=trace.drafted,
             accepted=trace.accepted,
+            accepted_at=trace.accepted_at,
             reused_tokens=trace.reused_tokens,
             # The request that waits longest speaks for its batch.
             scheduled_s=min((r.scheduled_s for r in batch if r.scheduled_s is not None), default=None),

@@ -22,7 +22,7 @@ class Bundle:
     `save_config` is the `quantization_config` dict to write into the saved `config.json` when a technique packs
     weights itself; `packed` maps a module's dotted name to the tensors to store in place of its `weight`. `files`: what a
     technique has to say beside the weights, name → text. `adapter`: LoRA weights that stay beside the others, under the
-    names that peft stores them by; their `adapter_config.json` is among `files`.
+    names that peft stores them by; their `adapter_config.json` is among `files`. `notes`: how an engine runs it, a line each.
     """
 
     model: PreTrainedModel
@@ -34,6 +34,7 @@ class Bundle:
     packed: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     adapter: dict[str, torch.Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 #: Drafts accepted and refused that are taken to have been seen at the start.
@@ -45,21 +46,20 @@ class DraftLength:
     is_fixed: bool = False
     records: dict[int, Record] = field(default_factory=lambda: defaultdict(Record))
     seconds: dict[int, float] = field(default_factory=dict)
-    """Seconds of a step by tokens drafted."""
+    """Seconds of a step by the tokens in it, of all rows."""
     draft_s: float = 0.0
     """Seconds to draft a token."""
     since: int = 0
     """Steps since something was drafted."""
 
-    def choose(self, kind: int) -> int:
-        """Tokens to draft of this kind, at most."""
+    def choose(self, kind: int, rows: int = 1) -> int:
+        """Tokens to draft of this kind, at most, for each of so many rows."""
         if self.is_fixed:
             return self.most
-        rate, plain = self.records[kind].rate, self.cost(0)
+        rate, plain = self.records[kind].rate, self.cost(rows)
         best, paying = 1 / plain, 0
         for count in range(1, self.most + 1):
-            tokens = (1 - rate ** (count + 1)) / (1 - rate)
-            speed = tokens / (self.cost(count) + count * self.draft_s)
+            speed = expected(rate, count) / (self.cost(rows * (1 + count)) + count * self.draft_s)
             if speed > best:
                 best, paying = speed, count
         if paying == 0 and self.since >= RETRY:
@@ -67,10 +67,10 @@ class DraftLength:
         return paying
 
     def cost(self, count: int) -> float:
-        """Seconds of a step that verifies `count` drafted tokens, between and beyond what was measured."""
+        """Seconds of a step of `count` tokens, between and beyond what was measured."""
         known = sorted(self.seconds)
         if not known:
-            return 1 + FIRST_SLOPE * count
+            return 1 + FIRST_SLOPE * (count - 1)
         if count in self.seconds:
             return self.seconds[count]
         below = max((n for n in known if n < count), default=None)
@@ -80,13 +80,21 @@ class DraftLength:
             return self.seconds[below] * (1 - share) + self.seconds[above] * share
         nearest = above if below is None else below
         assert nearest is not None
-        return self.seconds[nearest] * (1 + FIRST_SLOPE * count) / (1 + FIRST_SLOPE * nearest)
+        return self.seconds[nearest] * (1 + FIRST_SLOPE * (count - 1)) / (1 + FIRST_SLOPE * (nearest - 1))
 
-    def saw(self, kind: int, drafted: int, accepted: int, seconds: float, draft_s: float = 0.0) -> None:
-        """A step that drafted so many tokens, kept so many, and took so long; `draft_s`: of it, to draft."""
-        self.since = 0 if drafted else self.since + 1
-        before = self.seconds.get(drafted)
-        self.seconds[drafted] = seconds if before is None else before + NEWEST * (seconds - before)
-        if drafted:
-            self.records[kind].add(accepted, int(accepted < drafted))
-            self.draft_s += NEWEST * (draft_s / drafted - self.draft_s)
+    def saw(self, drafts: Sequence[tuple[int, int, int]], seconds: float, draft_s: float = 0.0) -> None:
+        """A step: each row's kind, tokens drafted and tokens kept; how long it took, and how long drafting for it."""
+        longest, tokens = max(drafted for _, drafted, _ in drafts), sum(1 + drafted for _, drafted, _ in drafts)
+        self.since = 0 if longest else self.since + 1
+        before = self.seconds.get(tokens)
+        self.seconds[tokens] = seconds if before is None else before + NEWEST * (seconds - before)
+        for kind, drafted, kept in drafts:
+            if drafted:
+                self.records[kind].add(kept, int(kept < drafted))
+        if longest:
+            self.draft_s += NEWEST * (draft_s / longest - self.draft_s)
+
+
+def expected(rate: float, count: int) -> float:
+    """Tokens of a step that verifies `count` drafted ones, each accepted with probability `rate` < 1 if all before it were."""
+    return (1 - rate ** (count + 1)) / (1 - rate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -25,14 +25,41 @@ class Draft:
     kind: int = 0
 
 
-class Drafter(Protocol):
-    """Drafts for one sequence."""
+@dataclass(frozen=True)
+class Wanted:
+    """A row that takes a draft of at most `most` tokens to follow `ids`: its prompt and output so far.
 
-    def propose(self, ids: Sequence[int], most: int, source: torch.Generator) -> Draft:
-        """At most `most` tokens to follow `ids`: prompt and output so far."""
+    `state` is what the drafter's `open` gave the row; `source` and `sampling` are those that the row itself draws with.
+    """
+
+    state: Any
+    ids: Sequence[int]
+    most: int
+    source: torch.Generator
+    sampling: Sampling
+
+
+class Drafter(Protocol):
+    """Drafts for all rows of a loop."""
+
+    is_free: bool
+    """Whether a long draft costs what a short one does, so that how much of it is tried can be decided afterwards."""
+
+    def open(self) -> Any:
+        """What is kept for a row."""
         ...
 
-    def close(self) -> None: ...
+    def propose(self, wanted: Sequence[Wanted]) -> list[Draft]: ...
+
+    def close(self, state: Any) -> None: ...
+
+
+@dataclass
+class Seen:
+    """Where each stretch of tokens last ended in a row's text, as far as `known` tokens of it."""
+
+    ends: dict[tuple[int, ...], int] = field(default_factory=dict)
+    known: int = 0
 
 
 class PromptLookup:
@@ -41,65 +68,99 @@ class PromptLookup:
     The longest stretch of `longest` to `shortest` tokens that occurred before is continued as it was then.
     """
 
+    is_free = True
+
     def __init__(self, longest: int = 5, shortest: int = 2) -> None:
         self.sizes = range(longest, shortest - 1, -1)
-        self._ends: dict[tuple[int, ...], int] = {}
-        self._known = 0
 
-    def propose(self, ids: Sequence[int], most: int, source: torch.Generator) -> Draft:
-        for end in range(self._known + 1, len(ids)):  # stretches that something follows
+    def open(self) -> Seen:
+        return Seen()
+
+    def propose(self, wanted: Sequence[Wanted]) -> list[Draft]:
+        return [self._proposed(each.state, each.ids, each.most) for each in wanted]
+
+    def _proposed(self, seen: Seen, ids: Sequence[int], most: int) -> Draft:
+        for end in range(seen.known + 1, len(ids)):  # stretches that something follows
             for size in self.sizes:
                 if size <= end:
-                    self._ends[tuple(ids[end - size : end])] = end
-        self._known = max(self._known, len(ids) - 1)
+                    seen.ends[tuple(ids[end - size : end])] = end
+        seen.known = max(seen.known, len(ids) - 1)
         for size in self.sizes:
-            found = self._ends.get(tuple(ids[-size:])) if size < len(ids) else None
+            found = seen.ends.get(tuple(ids[-size:])) if size < len(ids) else None
             if found is not None and most > 0:
                 tokens = tuple(ids[found : found + most])
                 return Draft(tokens, (None,) * len(tokens), size)
         return Draft()
 
-    def close(self) -> None:
-        self._ends.clear()
+    def close(self, state: Seen) -> None:
+        state.ends.clear()
+
+
+@dataclass
+class Ahead:
+    """A row's text in the model that drafts: its sequence there, and the tokens in it."""
+
+    sequence: Any
+    ids: list[int] = field(default_factory=list)
 
 
 class ModelDraft:
-    """A model of its own, or the first layers of the target, that goes ahead token by token.
+    """A model of its own, or the first layers of the target, that goes ahead token by token, all rows together.
 
-    What it is drawn from is kept, so that sampling stays exact; greedy drafts are its likeliest tokens.
+    What a token is drawn from is kept, so that sampling stays exact; greedy drafts are the model's likeliest tokens.
     """
 
-    def __init__(self, step: Step, sampling: Sampling) -> None:
-        self.step, self.sampling = step, sampling
-        self._sequence: Any = step.open()
-        self._ids: list[int] = []
+    is_free = False
 
-    def propose(self, ids: Sequence[int], most: int, source: torch.Generator) -> Draft:
-        most = min(most, self.step.context - len(ids))
-        if most < 1:
-            return Draft()
-        same = next((i for i, (a, b) in enumerate(zip(self._ids, ids, strict=False)) if a != b), min(len(self._ids), len(ids)))
-        same = min(same, len(ids) - 1)
-        self.step.cut(self._sequence, same)
-        is_greedy = self.sampling.temperature == 0 and self.sampling.repetition_penalty == 1
-        tokens: list[int] = []
-        proposed: list[torch.Tensor | None] = []
-        new = list(ids[same:])
-        while True:
-            found = self.step.run([Run(self._sequence, new)], want_logits=not is_greedy)
-            if is_greedy:
-                tokens.append(found.tokens[0])
-                proposed.append(None)
-            else:
-                assert found.logits is not None
-                weights = probabilities(found.logits[0], self.sampling, [*ids, *tokens])
-                tokens.append(draw(weights, source))
-                proposed.append(weights)
-            if len(tokens) >= most:
-                break
-            new = tokens[-1:]
-        self._ids = [*ids, *tokens[:-1]]
-        return Draft(tuple(tokens), tuple(proposed))
+    def __init__(self, step: Step) -> None:
+        self.step = step
 
-    def close(self) -> None:
-        self.step.close(self._sequence)
+    def open(self) -> Ahead:
+        return Ahead(self.step.open())
+
+    def propose(self, wanted: Sequence[Wanted]) -> list[Draft]:
+        going = [_Going(each, min(each.most, self.step.context - len(each.ids))) for each in wanted]
+        for row in going:
+            if row.most > 0:
+                row.fed = list(row.wanted.ids[self._cut_to(row.wanted) :])
+        while active := [row for row in going if len(row.tokens) < row.most]:
+            greedy = all(row.is_greedy for row in active)
+            found = self.step.run([Run(row.wanted.state.sequence, row.fed) for row in active], want_logits=not greedy)
+            for index, row in enumerate(active):
+                row.take(found.tokens[index], None if found.logits is None else found.logits[index])
+        return [Draft(tuple(row.tokens), tuple(row.proposed)) for row in going]
+
+    def _cut_to(self, wanted: Wanted) -> int:
+        """How many tokens of the row's text its sequence here has already; what else it has is forgotten."""
+        state, ids = wanted.state, wanted.ids
+        most = min(len(state.ids), len(ids) - 1)
+        same = next((i for i in range(most) if state.ids[i] != ids[i]), most)
+        self.step.cut(state.sequence, same)
+        state.ids = list(ids)
+        return same
+
+    def close(self, state: Ahead) -> None:
+        self.step.close(state.sequence)
+
+
+class _Going:
+    """A row's draft in the making."""
+
+    def __init__(self, wanted: Wanted, most: int) -> None:
+        self.wanted, self.most = wanted, most
+        self.is_greedy = wanted.sampling.temperature == 0 and wanted.sampling.repetition_penalty == 1
+        self.tokens: list[int] = []
+        self.proposed: list[torch.Tensor | None] = []
+        self.fed: list[int] = []
+
+    def take(self, likeliest: int, logits: torch.Tensor | None) -> None:
+        """The next token; the last one of a draft is never fed, so the sequence does not have it."""
+        weights = None
+        if not self.is_greedy:
+            assert logits is not None
+            weights = probabilities(logits, self.wanted.sampling, [*self.wanted.ids, *self.tokens])
+        self.tokens.append(likeliest if weights is None else draw(weights, self.wanted.source))
+        self.proposed.append(weights)
+        self.fed = self.tokens[-1:]
+        if len(self.tokens) < self.most:
+            self.wanted.state.ids.append(self.tokens[-1])

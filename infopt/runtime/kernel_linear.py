@@ -11,7 +11,7 @@ from infopt.kernels import library
 from infopt.kernels.arena import Arena
 from infopt.kernels.library import CLayer, CModel
 from infopt.kernels.packed import Packed
-from infopt.runtime.weights import Wanted, joined
+from infopt.runtime.weights import Wanted, joined, require
 
 
 class Products:
@@ -38,33 +38,38 @@ class KernelLinear(nn.Module):
         self.in_features, self.out_features = packed.inner, packed.rows
         self.packed, self._products = packed, products
         self._matrix = library.matrix(packed)
+        self._at, self._multiply = ctypes.byref(self._matrix), products.library.infopt_multiply
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out]"""
-        flat = x.reshape(-1, x.shape[-1]).float()
-        missing = self.packed.padded_inner - flat.shape[1]
+        flat = x.reshape(-1, self.in_features).to(torch.float32)
+        missing = self.packed.padded_inner - self.in_features
         flat = torch.nn.functional.pad(flat, (0, missing)) if missing else flat.contiguous()
-        out = torch.empty(len(flat), self.packed.padded_rows)
-        if len(flat):
-            products = self._products
-            products.library.infopt_multiply(
-                products.engine, ctypes.byref(self._matrix), flat.data_ptr(), len(flat), out.data_ptr()
-            )
-        return out[:, : self.out_features].reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+        tokens = flat.shape[0]
+        out = torch.empty(tokens, self.packed.padded_rows)
+        if tokens:
+            self._multiply(self._products.engine, self._at, flat.data_ptr(), tokens, out.data_ptr())
+        return out[:, : self.out_features].view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 def swap(model: nn.Module, threads: int, weights: Wanted, head: Wanted) -> list[Packed]:
-    """Replaces the linear layers of a model one by one; each one's own weights are let go. Returns what was packed."""
+    """Replaces the linear layers of a model one by one; each one's own weights are let go. Returns what was packed.
+
+    Raises Unfit, before any was replaced, for layers that keep their weights in a way of their own.
+    """
+    found = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
+    for _, module in found:
+        require(module)
     arena, products, made = Arena(), Products(threads), []
     last = getattr(model, "get_output_embeddings", lambda: None)()
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) and not hasattr(module, "quantization_scheme") and not _is_int8(module):
-            continue
+    for name, module in found:
         packed = joined([module], head if module is last else weights).moved(arena.keep)
         model.set_submodule(name, KernelLinear(packed, products))
         made.append(packed)
     return made
 
 
-def _is_int8(module: nn.Module) -> bool:
-    return hasattr(module, "weight_scale") and hasattr(module, "in_features")
+def _is_linear(module: nn.Module) -> bool:
+    """Floating point, compressed-tensors, or int8 with a scale per row."""
+    is_int8 = hasattr(module, "weight_scale") and hasattr(module, "in_features")
+    return isinstance(module, nn.Linear) or hasattr(module, "quantization_scheme") or is_int8

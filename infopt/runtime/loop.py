@@ -16,7 +16,7 @@ import torch
 from infopt.errors import InputError
 from infopt.protocols import Sampling
 from infopt.runtime.draft_length import DraftLength
-from infopt.runtime.drafts import Draft, Drafter
+from infopt.runtime.drafts import Draft, Drafter, Wanted
 from infopt.runtime.sampling import accept, draw, generator, penalised, probabilities
 from infopt.runtime.steps import Output, Run, Step
 
@@ -57,11 +57,13 @@ class Answer:
 
 @dataclass
 class Row:
+    index: int
     answer: Answer
     ask: Ask
     sequence: Any
     source: torch.Generator
-    drafter: Drafter | None = None
+    state: Any = None
+    """What the drafter keeps for it."""
     ids: list[int] = field(default_factory=list)
     """Prompt and answer; the last token is not in the sequence yet."""
     draft: Draft = field(default_factory=Draft)
@@ -73,24 +75,22 @@ class Told:
 
     seconds: float
     tokens: list[int]
-    drafted: int = 0
-    accepted: int = 0
     is_prefill: bool = False
-    kept: list[int] = field(default_factory=list)
-    """How much of each draft was kept."""
+    drafts: list[tuple[int, int]] = field(default_factory=list)
+    """Of each draft, how many tokens it had and how many were kept."""
 
 
 class Loop:
-    """`step` runs the model; `make_drafter` gives each row its drafter; `length` decides how much of a draft is tried."""
+    """`step` runs the model; `drafter` proposes tokens; `length` decides how many are tried."""
 
     def __init__(
         self,
         step: Step,
-        make_drafter: Callable[[], Drafter] | None = None,
+        drafter: Drafter | None = None,
         length: DraftLength | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.step, self.now, self.make_drafter = step, now, make_drafter
+        self.step, self.now, self.drafter = step, now, drafter
         self.length = length or DraftLength(most=8)
 
     @torch.inference_mode()
@@ -122,8 +122,8 @@ class Loop:
         finally:
             for row in rows:
                 self.step.close(row.sequence)
-                if row.drafter:
-                    row.drafter.close()
+                if self.drafter:
+                    self.drafter.close(row.state)
 
     def _check(self, asks: Sequence[Ask]) -> None:
         longest = rows = 0
@@ -155,8 +155,8 @@ class Loop:
         for index, (ask, sequence) in enumerate(zip(asks, sequences, strict=True)):
             for candidate in range(ask.sampling.candidates):
                 own = sequence if candidate == ask.sampling.candidates - 1 else self.step.fork(sequence)
-                row = Row(Answer(index, candidate), ask, own, generator(ask.seed, candidate), ids=list(ask.prompt_ids))
-                row.drafter = self.make_drafter() if self.make_drafter else None
+                row = Row(len(rows), Answer(index, candidate), ask, own, generator(ask.seed, candidate), ids=list(ask.prompt_ids))
+                row.state = self.drafter.open() if self.drafter else None
                 rows.append(row)
         for row in rows:
             self._take(row, [self._next(row, found, row.answer.ask)], found, row.answer.ask)
@@ -166,41 +166,37 @@ class Loop:
 
     def _advance(self, active: list[Row], rows: list[Row]) -> Told:
         began = self.now()
-        for row in active:
-            row.draft = self._drafted(row)
+        self._draft(active)
         drafted_s = self.now() - began
         runs = [Run(row.sequence, (row.ids[-1], *row.draft.tokens), bool(row.draft.tokens)) for row in active]
         found = self.step.run(runs, want_logits=any(self._needs_logits(row.ask) for row in active))
         told, position = Told(0.0, [0] * len(rows)), 0
+        seen: list[tuple[int, int, int]] = []
         for row in active:
-            kept = self._verified(row, found, position)
-            drafted = len(row.draft.tokens)
+            kept, drafted = self._verified(row, found, position), len(row.draft.tokens)
             self.step.cut(row.sequence, self.step.length(row.sequence) - drafted + len(kept) - 1)
-            told.tokens[rows.index(row)] = self._take(row, kept, found, position)
-            told.drafted += drafted
-            told.accepted += len(kept) - 1
-            if drafted:
-                told.kept.append(len(kept) - 1)
+            told.tokens[row.index] = self._take(row, kept, found, position)
+            seen.append((row.draft.kind, drafted, len(kept) - 1))
             position += drafted + 1
-        self._learn(active, told, self.now() - began - drafted_s, drafted_s)
+        told.drafts = [(drafted, kept) for _, drafted, kept in seen if drafted]
+        if self.drafter:
+            self.length.saw(seen, self.now() - began - drafted_s, drafted_s)
         return told
 
-    def _drafted(self, row: Row) -> Draft:
-        """As much of what the drafter proposes as pays, leaving room for the token that follows it."""
-        if row.drafter is None:
-            return Draft()
-        room = row.ask.max_new_tokens - len(row.answer.ids) - 1
-        proposed = row.drafter.propose(row.ids, min(self.length.most, room), row.source)
-        count = min(self.length.choose(proposed.kind), len(proposed.tokens))
-        return Draft(proposed.tokens[:count], proposed.proposed[:count], proposed.kind)
-
-    def _learn(self, active: list[Row], told: Told, seconds: float, drafted_s: float) -> None:
-        if self.make_drafter is None:
+    def _draft(self, active: list[Row]) -> None:
+        """Gives each row as much of what the drafter proposes as pays, leaving room for the token that follows it."""
+        if self.drafter is None:
             return
-        kept = iter(told.kept)
-        for row in active:
-            drafted = len(row.draft.tokens)
-            self.length.saw(row.draft.kind, drafted, next(kept) if drafted else 0, seconds, drafted_s / len(active))
+        most = self.length.most if self.drafter.is_free else self.length.choose(0, len(active))
+        rooms = [min(most, row.ask.max_new_tokens - len(row.answer.ids) - 1) for row in active]
+        wanted = [
+            Wanted(row.state, row.ids, room, row.source, row.ask.sampling) for row, room in zip(active, rooms, strict=True)
+        ]
+        for row, proposed in zip(active, self.drafter.propose(wanted) if any(rooms) else [Draft()] * len(active), strict=True):
+            count = len(proposed.tokens)
+            if self.drafter.is_free and count:
+                count = min(self.length.choose(proposed.kind, len(active)), count)
+            row.draft = Draft(proposed.tokens[:count], proposed.proposed[:count], proposed.kind)
 
     def _needs_logits(self, ask: Ask) -> bool:
         return ask.sampling.temperature > 0 or ask.sampling.repetition_penalty != 1 or ask.keep_logprobs

@@ -38,11 +38,12 @@ class Settings:
 class NativeModel:
     """Called like transformers' module, it gives logits; `step` is what the native engine drives.
 
-    `unfit` says why a faster way was not taken.
+    `notes` say which way that is, and why no faster one was taken. `drafts`: steps of models that draft for it, by name.
     """
 
-    def __init__(self, model: Any, step: WholeStep | SwappedStep, unfit: tuple[str, ...], settings: Settings) -> None:
-        self.step, self.unfit, self.settings = step, unfit, settings
+    def __init__(self, model: Any, step: WholeStep | SwappedStep, unfit: tuple[str, ...]) -> None:
+        self.step, self.notes = step, (f"native engine: {step.about}", *unfit)
+        self.drafts: dict[str, WholeStep | SwappedStep] = {}
         self.config, self.generation_config = model.config, model.generation_config
         self.device, self.dtype = torch.device("cpu"), model.dtype
 
@@ -50,6 +51,12 @@ class NativeModel:
     def resident_bytes(self) -> int:
         """Of the weights held."""
         return self.step.weights_bytes
+
+    def early(self, layers: int | None) -> WholeStep:
+        """The first `layers` of it with its head, a quarter of them when None. Raises InputError where it has no such part."""
+        if not isinstance(self.step, WholeStep):
+            raise InputError("draft: self needs whole steps", hint="speculative: {draft: prompt_lookup}")
+        return self.step.first_layers(max(1, self.step.layers // 4) if layers is None else layers)
 
     @torch.inference_mode()
     def __call__(
@@ -68,7 +75,7 @@ class NativeModel:
 
 
 def open_native(model: Any, settings: Settings, progress: Progress = lambda line: None) -> NativeModel:
-    """Consumes a transformers model. Raises InputError when no native way runs it, with the reasons."""
+    """Consumes a transformers model. Raises Unfit when no native way runs it, with the reasons; it is whole then."""
     reasons: list[str] = []
     if settings.way in ("auto", "whole"):
         try:
@@ -78,13 +85,13 @@ def open_native(model: Any, settings: Settings, progress: Progress = lambda line
                 model, threads=settings.threads, weights=settings.weights, head=settings.head, kv=settings.kv,
                 most_kv_bytes=settings.most_kv_bytes,
             )  # fmt: skip
-            return NativeModel(model, step, (), settings)
+            return NativeModel(model, step, ())
         except Unfit as error:
             reasons.append(f"whole steps do not fit: {error}")
     if settings.way in ("auto", "swapped"):
         try:
             swapped = SwappedStep(model, threads=settings.threads, weights=settings.weights, head=settings.head)
-            return NativeModel(model, swapped, tuple(reasons), settings)
+            return NativeModel(model, swapped, tuple(reasons))
         except Unfit as error:
             reasons.append(f"swapped layers do not fit: {error}")
-    raise InputError(f"{type(model).__name__}: {'; '.join(reasons)}", hint="engine: {name: transformers}")
+    raise Unfit("; ".join(reasons))

@@ -15,6 +15,9 @@ from infopt.runtime.kernel_linear import swap
 from infopt.runtime.steps import Output, Run
 from infopt.runtime.weights import Wanted
 
+#: Tokens up to which all work between linear layers is too small to share.
+FEW = 16
+
 
 @dataclass
 class Cached:
@@ -36,7 +39,7 @@ class SwappedStep:
         others = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
         if others or getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
             raise Unfit(f"its layers keep another state than keys and values ({', '.join(others) or type(model).__name__})")
-        self.packed = swap(model, threads, weights, head)
+        self.packed, self.threads = swap(model, threads, weights, head), threads
         if not self.packed:
             raise Unfit("it has no linear layers")
         self.model, self.vocabulary = model, config.vocab_size
@@ -44,6 +47,12 @@ class SwappedStep:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._kv_bytes = 2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize
+
+    @property
+    def about(self) -> str:
+        """How it runs, in a line for reports."""
+        kinds = ", ".join(dict.fromkeys(packed.kind for packed in self.packed))
+        return f"transformers' modules, {len(self.packed)} linear layers swapped; weights {kinds}"
 
     @property
     def weights_bytes(self) -> int:
@@ -81,6 +90,15 @@ class SwappedStep:
 
     @torch.inference_mode()
     def run(self, runs: Sequence[Run], want_logits: bool = True) -> Output:
+        """Few tokens leave torch a single thread: a second one of its own would wait awake on the core that ours need."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1 if sum(len(run.ids) for run in runs) <= FEW else self.threads)
+        try:
+            return self._run(runs, want_logits)
+        finally:
+            torch.set_num_threads(before)
+
+    def _run(self, runs: Sequence[Run], want_logits: bool) -> Output:
         rows = []
         for run in runs:
             total = run.sequence.length + len(run.ids)

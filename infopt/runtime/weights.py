@@ -104,6 +104,17 @@ def _fits(stored: Integers) -> bool:
     return (group is None or (group % GROUP == 0 and inner % group == 0)) and not (stored.bits == 8 and stored.zeros is not None)
 
 
+def require(layer: Any) -> None:
+    """Raises Unfit for a layer whose weights `joined` cannot read, before any is touched."""
+    if getattr(layer, "quantization_scheme", None) is not None or integers(layer) is not None:
+        return
+    weight = getattr(layer, "weight", None)
+    # Subclasses of tensors (quanto's, torchao's, bitsandbytes') hold their numbers in ways of their own.
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter) and type(weight.data) is torch.Tensor
+    if not is_plain or weight.dtype not in FLOATING or weight.dim() != 2 or type(layer).__name__ == "KernelLinear":
+        raise Unfit(f"{type(layer).__name__} keeps its weights in a way of its own")
+
+
 def layer_weight(layer: Any) -> torch.Tensor:
     """Floating point [rows, inner]. Raises Unfit for a layer that holds something else."""
     stored = integers(layer)

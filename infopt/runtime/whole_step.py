@@ -7,6 +7,7 @@ is found before any token is made.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Sequence as Several
 from dataclasses import replace
@@ -50,9 +51,28 @@ class WholeStep:
         self._arena = Arena()
         self.packed: list[Packed] = []
         self._model = self._described(decoder, weights, head, kv)
-        self._engine = ctypes.c_void_p(self._library.infopt_open(ctypes.byref(self._model), threads))
+        self._start(ctypes.c_void_p(self._library.infopt_open(ctypes.byref(self._model), threads)), most_kv_bytes)
+
+    def _start(self, engine: ctypes.c_void_p, most_kv_bytes: int) -> None:
+        self._engine = engine
         self.pages = Pages(int(self._library.infopt_page_bytes(ctypes.byref(self._model))), most_kv_bytes)
         self._logits = torch.empty(0)
+
+    def first_layers(self, count: int) -> WholeStep:
+        """The same model without its later layers: it shares weights and threads, and keeps keys and values of its own.
+
+        Raises InputError for a count that the model does not have.
+        """
+        if not 0 < count < self._model.layers:
+            raise InputError(f"{count} early layers; allowed: 1 … {self._model.layers - 1}")
+        early: WholeStep = copy.copy(self)
+        early._model = CModel.from_buffer_copy(self._model)
+        early._model.layers = count
+        early.packed = [*self.packed[: 4 * count], *self.packed[4 * self._model.layers :]]  # four to a layer, then the others
+        early._start(
+            ctypes.c_void_p(self._library.infopt_open_beside(ctypes.byref(early._model), self._engine)), self.pages.most_bytes
+        )
+        return early
 
     def close_engine(self) -> None:
         """Ends the threads. The step cannot be used afterwards."""
@@ -63,6 +83,17 @@ class WholeStep:
     def __del__(self) -> None:
         if getattr(self, "_engine", None):
             self.close_engine()
+
+    @property
+    def layers(self) -> int:
+        return int(self._model.layers)
+
+    @property
+    def about(self) -> str:
+        """How it runs, in a line for reports."""
+        isa, kv = self._library.infopt_isa().decode(), "float16" if self._model.kv_is_half else "float32"
+        weights = ", ".join(dict.fromkeys(packed.kind for packed in self.packed[: 4 * self.layers]))
+        return f"whole steps, {isa}, {self.threads} threads; weights {weights}, head {self.packed[-1].kind}, keys and values {kv}"
 
     @property
     def weights_bytes(self) -> int:

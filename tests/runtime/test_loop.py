@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest_runtime import VOCABULARY, DoubleStep
+from conftest_runtime import VOCABULARY, DoubleStep, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infopt.errors import InputError
 from infopt.protocols import Sampling
 from infopt.runtime.draft_length import RETRY, DraftLength
-from infopt.runtime.drafts import Draft, Drafter, ModelDraft, PromptLookup
+from infopt.runtime.drafts import Draft, ModelDraft, PromptLookup, Wanted
 from infopt.runtime.loop import Answer, Ask, Loop, Told
 from infopt.runtime.sampling import accept, draw, generator, probabilities
 
@@ -24,15 +24,22 @@ from infopt.runtime.sampling import accept, draw, generator, probabilities
 class Adversary:
     """Drafts that are right now and then, and otherwise whatever the seed says."""
 
+    is_free = True
+
     def __init__(self, seed: int, right: Sequence[int] = ()) -> None:
         self.random, self.right = random.Random(seed), list(right)
 
-    def propose(self, ids: Sequence[int], most: int, source: torch.Generator) -> Draft:
-        known = self.right[len(ids) : len(ids) + most]
+    def open(self) -> None: ...
+
+    def propose(self, wanted: Sequence[Wanted]) -> list[Draft]:
+        return [self.draft(len(each.ids), each.most) for each in wanted]
+
+    def draft(self, length: int, most: int) -> Draft:
+        known = self.right[length : length + most]
         tokens = tuple(t if self.random.random() < 0.6 else self.random.randrange(VOCABULARY) for t in known)
         return Draft(tokens, (None,) * len(tokens))
 
-    def close(self) -> None: ...
+    def close(self, state: None) -> None: ...
 
 
 def plain(double: DoubleStep, ask: Ask) -> Answer:
@@ -48,17 +55,19 @@ def random_ask(seed: int, new: int | None = None) -> Ask:
 
 def test_greedy_is_exact_over_hundreds_of_prompts_lengths_and_ends(double: DoubleStep) -> None:
     ended = drafted = accepted = 0
+    other = DoubleStep(tiny("llama", num_hidden_layers=1, hidden_size=24, intermediate_size=16))  # wrong most of the time
     for seed in range(200):
         ask = random_ask(seed)
         wanted = plain(double, ask)
         right = [*ask.prompt_ids, *wanted.ids, *range(20)]
-        for make in (PromptLookup, lambda seed=seed, right=right: Adversary(seed, right)):
+        for drafter in (PromptLookup(), Adversary(seed, right), ModelDraft(other)):
             told: list[Told] = []
             length = DraftLength(most=1 + seed % 7, is_fixed=seed % 2 == 0)
-            found = Loop(double, make, length).run([ask], lambda each, _, told=told: told.append(each))[0]
+            found = Loop(double, drafter, length).run([ask], lambda each, _, told=told: told.append(each))[0]
             assert (found.ids, found.finish) == (wanted.ids, wanted.finish), f"seed {seed}"
             assert sum(each.tokens[0] for each in told) == len(wanted.ids)
-            drafted, accepted = drafted + sum(e.drafted for e in told), accepted + sum(e.accepted for e in told)
+            made = [draft for each in told for draft in each.drafts]
+            drafted, accepted = drafted + sum(each for each, _ in made), accepted + sum(each for _, each in made)
         ended += wanted.finish == "token"
     assert ended > 15, "end tokens were met"
     assert drafted > accepted > 200, "both kept and refused drafts were met"
@@ -66,8 +75,8 @@ def test_greedy_is_exact_over_hundreds_of_prompts_lengths_and_ends(double: Doubl
 
 def test_rows_of_a_batch_are_what_each_is_alone(double: DoubleStep) -> None:
     asks = [random_ask(seed, new=3 + seed) for seed in range(6)]
-    for make in (None, PromptLookup):
-        found = Loop(double, make, DraftLength(4, is_fixed=True)).run(asks)
+    for drafter in (None, PromptLookup(), ModelDraft(double)):
+        found = Loop(double, drafter, DraftLength(4, is_fixed=True)).run(asks)
         assert [answer.ids for answer in found] == [plain(double, ask).ids for ask in asks]
         assert [answer.ask for answer in found] == list(range(6))
 
@@ -75,11 +84,11 @@ def test_rows_of_a_batch_are_what_each_is_alone(double: DoubleStep) -> None:
 def test_the_model_itself_as_draft_is_always_right(double: DoubleStep) -> None:
     ask = Ask((1, 2, 3), 13)
     told: list[Told] = []
-    loop = Loop(double, lambda: ModelDraft(double, Sampling()), DraftLength(3, is_fixed=True))
+    loop = Loop(double, ModelDraft(double), DraftLength(3, is_fixed=True))
     found = loop.run([ask], lambda each, _: told.append(each))[0]
     assert found.ids == plain(double, ask).ids
     assert [each.tokens for each in told] == [[1], [4], [4], [4]]
-    assert sum(each.accepted for each in told) == sum(each.drafted for each in told) == 9
+    assert [each.drafts for each in told] == [[], [(3, 3)], [(3, 3)], [(3, 3)]]
 
 
 @pytest.mark.parametrize(
@@ -211,9 +220,10 @@ def test_how_often_drafts_are_kept_is_what_the_distributions_share() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 6))
 def test_lookup_continues_the_latest_of_the_longest_matches(ids: list[int], most: int) -> None:
-    lookup: Drafter = PromptLookup(longest=4, shortest=2)
+    lookup = PromptLookup(longest=4, shortest=2)
+    state = lookup.open()
     for end in range(1, len(ids) + 1):  # as it grows
-        found = lookup.propose(ids[:end], most, generator(0))
+        (found,) = lookup.propose([Wanted(state, ids[:end], most, generator(0), Sampling())])
     wanted: tuple[int, ...] = ()
     for size in (4, 3, 2):
         ends = [i for i in range(size, len(ids)) if ids[i - size : i] == ids[-size:]]
@@ -226,28 +236,28 @@ def test_lookup_continues_the_latest_of_the_longest_matches(ids: list[int], most
 def test_lengths_follow_what_drafts_bring_and_cost() -> None:
     length = DraftLength(most=12)
     for _ in range(50):
-        length.saw(3, 0, 0, 1.0)
-        length.saw(3, 4, 4, 1.1)
-        length.saw(3, 8, 8, 1.3)
+        length.saw([(3, 0, 0)], 1.0)
+        length.saw([(3, 4, 4)], 1.1)
+        length.saw([(3, 8, 8)], 1.3)
     assert length.choose(3) >= 8
     for _ in range(200):
-        length.saw(3, 1, 0, 1.2)
+        length.saw([(3, 1, 0)], 1.2)
     assert length.choose(3) == 0
     for _ in range(RETRY):
-        length.saw(0, 0, 0, 1.0)
+        length.saw([(0, 0, 0)], 1.0)
     assert length.choose(3) == 1, "now and then it tries again"
 
 
 def test_a_dear_verification_is_not_asked_for() -> None:
     length = DraftLength(most=8)
-    length.saw(2, 0, 0, 1.0)
-    length.saw(2, 1, 1, 3.0)
+    length.saw([(2, 0, 0)], 1.0)
+    length.saw([(2, 1, 1)], 3.0)
     assert length.choose(2) == 0
 
 
 def test_costs_lie_between_what_was_measured() -> None:
-    length = DraftLength(most=8, seconds={0: 1.0, 4: 2.0})
-    assert [length.cost(n) for n in (0, 2, 4)] == [1.0, 1.5, 2.0]
-    assert length.cost(8) > 2.0
-    assert math.isclose(DraftLength(4).cost(0), 1.0)
+    length = DraftLength(most=8, seconds={1: 1.0, 5: 2.0})
+    assert [length.cost(n) for n in (1, 3, 5)] == [1.0, 1.5, 2.0]
+    assert length.cost(9) > 2.0
+    assert math.isclose(DraftLength(4).cost(1), 1.0)
     assert DraftLength(6, is_fixed=True).choose(0) == 6

@@ -9,14 +9,15 @@ using namespace INFOPT_ISA;
 
 struct Engine {
     Step step;
-    Engine(const Model& model, int threads) : step(model, threads) {}
+    Engine(const Model& model, std::shared_ptr<Pool> threads) : step(model, std::move(threads)) {}
 };
 
 extern "C" {
 
 const char* infopt_isa() { return NAME(INFOPT_ISA); }
 int64_t infopt_page_bytes(const Model* model) { return page_bytes(*model); }
-Engine* infopt_open(const Model* model, int32_t threads) { return new Engine(*model, threads); }
+Engine* infopt_open(const Model* model, int32_t threads) { return new Engine(*model, std::make_shared<Pool>(threads)); }
+Engine* infopt_open_beside(const Model* model, Engine* other) { return new Engine(*model, other->step.threads()); }
 void infopt_close(Engine* engine) { delete engine; }
 void infopt_step(Engine* engine, Batch* batch) { engine->step.run(*batch); }
 void infopt_multiply(Engine* engine, const Matrix* w, const float* x, int32_t tokens, float* y) {

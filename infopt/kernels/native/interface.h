@@ -62,6 +62,8 @@ struct Engine;
 const char* infopt_isa();
 int64_t infopt_page_bytes(const Model* model);
 Engine* infopt_open(const Model* model, int32_t threads);
+// Another model on the threads of `other`, which may be closed before it: never a step of both at a time.
+Engine* infopt_open_beside(const Model* model, Engine* other);
 void infopt_close(Engine* engine);
 void infopt_step(Engine* engine, Batch* batch);
 // y [tokens, rows padded to 16] = x [tokens, inner]·Wᵀ + bias, for tests and for linear layers by themselves

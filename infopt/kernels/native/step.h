@@ -54,8 +54,10 @@ struct Task {
 
 class Step {
    public:
-    Step(const Model& model, int threads)
-        : m(model), pool(threads), own(threads), scratch(threads), best(threads), nothing(threads) {
+    // `pool` may run other models' steps too, one at a time.
+    Step(const Model& model, std::shared_ptr<Pool> threads)
+        : m(model), held(threads), pool(*threads), own(pool.threads()), scratch(pool.threads()), best(pool.threads()),
+          nothing(pool.threads()) {
         width = padded(m.hidden, GROUP);
         queries = m.heads * m.head_dim;
         head_width = padded(m.head_dim);
@@ -86,12 +88,14 @@ class Step {
     }
 
     double read_seconds(const uint8_t* data, int64_t bytes);
+    std::shared_ptr<Pool> threads() const { return held; }
 
     const Model m;
 
    private:
     int width, queries, head_width, group;
-    Pool pool;
+    const std::shared_ptr<Pool> held;
+    Pool& pool;
     std::vector<Buffers> own;  // by thread
     Buffers shared;
     std::vector<float> hidden, joined, added, products;  // [tokens, width], q + k + v, width, intermediate
