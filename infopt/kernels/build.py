@@ -1,17 +1,20 @@
 """The kernel library as a file: the one in the package, one built before, or one that a C++ compiler makes now.
 
-One library is built for each instruction set, and its name says which and from which sources, so that a cache shared by
-several machines never hands one of them another's code.
+One library is built for each instruction set, and its name says which, for which kind of processor and from which sources, so
+that a cache shared by several machines never hands one of them another's code. Behind the library lies a hash of it: a file
+that was cut short can be loaded, and ends the process only when the part that is missing is touched.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +25,7 @@ SOURCES = Path(__file__).parent / "native"
 PREBUILT = Path(__file__).parent / "prebuilt"
 COMPILERS = ("c++", "g++", "clang++")
 COMMON = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-ignored-attributes")
+HINT = "engine: {name: transformers} runs without"
 #: Instruction set → (features that /proc/cpuinfo must list, compiler flags), best first.
 X86 = {
     "avx512": (
@@ -32,11 +36,17 @@ X86 = {
     "plain": (set[str](), ()),
 }
 ARM = {"neon": ({"asimddp"}, ("-march=armv8.2-a+dotprod",)), "plain": (set[str](), ())}
+MACHINES = {"x86_64": X86, "aarch64": ARM}
 
 
-def sets() -> dict[str, tuple[set[str], tuple[str, ...]]]:
-    """The instruction sets that this kind of processor may have."""
-    return {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}.get(platform.machine(), {"plain": (set(), ())})
+def machine() -> str:
+    """The kind of processor, as Linux calls it."""
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+def sets(kind: str | None = None) -> dict[str, tuple[set[str], tuple[str, ...]]]:
+    """The instruction sets that a kind of processor, this one by default, may have."""
+    return MACHINES.get(kind or machine(), {"plain": (set(), ())})
 
 
 @lru_cache(maxsize=1)
@@ -50,44 +60,68 @@ def usable() -> tuple[str, ...]:
     return tuple(name for name, (features, _) in sets().items() if features <= found)
 
 
-def file_name(isa: str) -> str:
-    """Of the library for an instruction set, from these sources."""
+def file_name(isa: str, kind: str | None = None) -> str:
+    """Of the library for an instruction set of a kind of processor, from these sources."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    digest.update(" ".join((*COMMON, *sets()[isa][1])).encode())
-    return f"infopt-{isa}-{digest.hexdigest()[:16]}.so"
+    digest.update(" ".join((*COMMON, *sets(kind)[isa][1])).encode())
+    return f"infopt-{kind or machine()}-{isa}-{digest.hexdigest()[:16]}.so"
 
 
 def find(isa: str) -> Path:
     """The library's file, built if need be. Raises MissingNeedError where there is neither a library nor a compiler."""
     name = file_name(isa)
-    kept = cache_dir() / "kernels" / name
-    for path in (PREBUILT / name, kept):
-        if path.is_file():
+    for path in (PREBUILT / name, cache_dir() / "kernels" / name):
+        if is_whole(path):
             return path
+    return rebuilt(isa)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there, and all that was built."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def rebuilt(isa: str) -> Path:
+    """The library built into the cache, or, where that cannot be written, for this process alone."""
+    kept = cache_dir() / "kernels" / file_name(isa)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         return build(isa, kept)
-    except PermissionError:
-        return build(isa, Path(tempfile.mkdtemp(prefix="infopt-kernels-")) / name)
+    except OSError:
+        folder = tempfile.mkdtemp(prefix="infopt-kernels-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return build(isa, Path(folder) / kept.name)
 
 
-def build(isa: str, target: Path) -> Path:
-    """Compiles the library into `target`. Raises MissingNeedError without a working compiler."""
-    compiler = os.environ.get("CXX") or next((found for name in COMPILERS if (found := shutil.which(name))), None)
+def build(isa: str, target: Path, kind: str | None = None, compiler: str | None = None, link: Sequence[str] = ()) -> Path:
+    """Compiles the library into `target`. `compiler` and `link`, which changes nothing that is computed, are for other machines.
+
+    Raises MissingNeedError without a working compiler, and OSError where `target` cannot be written.
+    """
+    compiler = compiler or os.environ.get("CXX") or next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise MissingNeedError("the native engine needs its kernel library, and there is no C++ compiler to build it with",
-                               hint="install g++, or set CXX; engine: {name: transformers} runs without")  # fmt: skip
+                               hint=f"install g++, or set CXX; {HINT}")  # fmt: skip
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        command = [*compiler.split(), *COMMON, *sets()[isa][1], str(SOURCES / "infopt.cpp"), "-o", str(made)]
+        command = [*compiler.split(), *COMMON, *sets(kind)[isa][1], str(SOURCES / "infopt.cpp"), *link, "-o", str(made)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         except OSError as error:
-            raise MissingNeedError(f"{compiler} cannot be run: {error.strerror}", hint="set CXX to a C++ compiler") from None
-        if done.returncode:
+            raise MissingNeedError(
+                f"{compiler} cannot be run: {error.strerror}", hint=f"set CXX to a C++ compiler; {HINT}"
+            ) from None
+        if done.returncode or not made.is_file():
             said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
-            raise MissingNeedError(f"{compiler} cannot build the kernel library: {said}", hint="set CXX to a C++17 compiler")
+            raise MissingNeedError(f"{compiler} cannot build the kernel library: {said or 'it wrote nothing'}",
+                                   hint=f"set CXX to a C++17 compiler; {HINT}")  # fmt: skip
+        content = made.read_bytes()
+        made.write_bytes(content + hashlib.sha256(content).digest())
         made.replace(target)
     return target

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,23 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return script
 
 
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that makes a library of the C interface's names alone, in no time."""
+    names = " ".join(f"void {name}(void) {{}}" for name in library.FUNCTIONS if name != "infopt_isa")
+    source = tmp_path / "small.cpp"
+    source.write_text(f'extern "C" {{ const char* infopt_isa() {{ return ISA; }} {names} }}\n', encoding="utf-8")
+    script = tmp_path / "small"
+    script.write_text(
+        '#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\n'
+        f'exec c++ -fPIC -shared "-DISA=\\"${{SMALL_ISA:-plain}}\\"" {source} -o "$2"\n',
+        encoding="utf-8",
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    return script
+
+
 def test_it_is_built_once(own_cache: Path, compiler: Path) -> None:
     first = build.find("plain")
     assert first == own_cache / build.file_name("plain")
@@ -46,18 +67,24 @@ def test_other_sources_have_another_name(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_a_library_in_the_package_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build, "PREBUILT", tmp_path)
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    (tmp_path / build.file_name("plain")).write_text("prebuilt", encoding="utf-8")
+    (tmp_path / build.file_name("plain")).write_bytes(sealed(b"prebuilt"))
     assert build.find("plain") == tmp_path / build.file_name("plain")
 
 
-def test_a_cache_that_cannot_be_written(own_cache: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_cache_that_cannot_be_written(own_cache: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refuse(self: Path, **options: object) -> None:
-        raise PermissionError(13, "Permission denied")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     found = build.find("plain")
-    assert found.read_text() == "made\n"
+    assert found.read_bytes().startswith(b"made\n")
     assert not found.is_relative_to(own_cache)
+
+
+def test_a_file_where_the_cache_should_be(own_cache: Path, compiler: Path) -> None:
+    own_cache.parent.write_text("no folder", encoding="utf-8")
+    assert build.is_whole(build.find("plain"))
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,20 +105,53 @@ def test_a_compiler_that_cannot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("CXX", "/no/such/compiler")
     with pytest.raises(MissingNeedError, match="cannot be run"):
         build.find("plain")
+    monkeypatch.setenv("CXX", "true")
+    with pytest.raises(MissingNeedError, match="it wrote nothing"):
+        build.find("plain")
 
 
 def test_a_set_that_the_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "usable", lambda: ("plain",))
-    with pytest.raises(MissingNeedError, match="does not run avx512") as caught:
-        library.load.__wrapped__("avx512")
-    assert caught.value.hint == "it runs plain"
+    monkeypatch.setattr(build, "find", lambda isa: pytest.fail("it was looked for"))
+    monkeypatch.setenv("INFOPT_ISA", "avx2")
+    for isa, named in (("avx512", "avx512"), (None, "avx2"), ("sse9", "sse9")):
+        with pytest.raises(MissingNeedError, match=f"does not run {named}") as caught:
+            library.load.__wrapped__(isa)
+        assert caught.value.hint == "it runs plain"
 
 
-def test_a_file_that_is_no_library_is_built_again(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own_cache.mkdir(parents=True)
-    (own_cache / build.file_name("plain")).write_text("cut short", encoding="utf-8")
-    monkeypatch.delenv("CXX", raising=False)
+def sealed(content: bytes) -> bytes:
+    return content + hashlib.sha256(content).digest()
+
+
+def foreign(content: bytes) -> bytes:
+    """A library, whole, of a processor that there is none of."""
+    return sealed(content[:18] + b"\xfe\xca" + content[20:-32])
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda whole: b"", lambda whole: b"cut short", lambda whole: whole[: len(whole) // 2], foreign]
+)
+def test_a_damaged_library_is_built_again(own_cache: Path, small: Path, damage: Callable[[bytes], bytes]) -> None:
+    kept = build.find("plain")
+    whole = kept.read_bytes()
+    kept.write_bytes(damage(whole))
     assert library.load.__wrapped__("plain").infopt_isa() == b"plain"
+    assert build.is_whole(kept)
+    assert kept.read_bytes()[18:20] == whole[18:20], "of this processor"
+
+
+def test_a_library_of_another_set(own_cache: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMALL_ISA", "avx9")
+    with pytest.raises(MissingNeedError, match="was built for avx9, not for plain") as caught:
+        library.load.__wrapped__("plain")
+    assert caught.value.hint == f"remove {own_cache / build.file_name('plain')}"
+
+
+def test_a_library_that_cannot_be_loaded(compiler: Path) -> None:
+    with pytest.raises(MissingNeedError, match="cannot be loaded") as caught:
+        library.load.__wrapped__("plain")
+    assert "INFOPT_CACHE" in str(caught.value.hint)
 
 
 def test_features_decide(monkeypatch: pytest.MonkeyPatch) -> None:
