@@ -4,6 +4,7 @@
 #   make demo PYTHON=python3.12 SYSTEM_TORCH=1       the same over a torch (and CUDA) that is already installed
 #   make test | make check | make test-oldest        the suite; ruff and mypy; the suite on the oldest transformers
 #   make interop                                     what engines read of what infopt writes, as a table
+#   make wheel                                       wheels with kernel libraries in them, in dist/
 
 PYTHON       ?= python3
 VENV         ?= .venv
@@ -13,7 +14,7 @@ BIN          := $(VENV)/bin
 STAMP        := $(VENV)/.installed
 PIP          := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test check test-oldest interop venv clean
+.PHONY: demo test check test-oldest interop wheel venv clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -34,6 +35,18 @@ test-oldest:
 interop: $(STAMP)
 	$(PIP) install -c $(CONSTRAINTS) -e '.[onnx]'
 	$(BIN)/python benchmarks/interop.py
+
+# A wheel for each kind of processor. The other kind than this machine's needs a cross compiler: Debian's g++-aarch64-linux-gnu.
+wheel: $(STAMP)
+	$(PIP) install 'setuptools>=77'
+	@for kind in x86_64 aarch64; do \
+		if [ $$kind = "$$(uname -m)" ] || command -v $$kind-linux-gnu-g++ > /dev/null; then \
+			INFOPT_WHEEL=$$kind $(PIP) wheel --no-deps --no-build-isolation -w dist . || exit 1; \
+		else \
+			echo "no wheel for $$kind: there is no $$kind-linux-gnu-g++"; \
+		fi; \
+	done
+	@ls -l dist/*.whl
 
 venv: $(STAMP)
 
