@@ -54,6 +54,12 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     chosen = recipe.load(name, techniques.find, overrides)
     if chosen.engine.name not in engines.names():
         raise RecipeError("engine.name", unknown("engine", chosen.engine.name, engines.names()))
+    if chosen.sampling.choose == "mean_logprob" and chosen.engine.name not in engines.WITH_LOGPROBS:
+        raise RecipeError(
+            "sampling.choose",
+            f"found mean_logprob with engine {chosen.engine.name}; allowed with engine {', '.join(engines.WITH_LOGPROBS)}",
+            hint="engine: {name: native}, or choose: majority",
+        )
     techniques.check_order(chosen)
     return chosen
 

@@ -6,7 +6,7 @@
     steps:                       # change the weights, in order; each key is a file in infopt/techniques/
       - rtn: {bits: 4, group_size: 64}
     speculative: {draft: prompt_lookup, tokens: 10}
-    sampling:    {temperature: 0.0, top_p: 1.0, top_k: 0, candidates: 1}
+    sampling:    {temperature: 0.0, top_p: 1.0, top_k: 0, candidates: 1, choose: null}
     cache:       {kind: dynamic, dtype: auto, prefix: false}
     engine:      {name: transformers, dtype: auto, compile: never, attention: auto}
     calibration: {text: bundled, samples: 128, tokens: 256, seed: 0}

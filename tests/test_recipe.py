@@ -51,6 +51,8 @@ def test_an_empty_recipe_changes_nothing_and_has_every_default() -> None:
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "candidates": 1,
+            "choose": None,
+            "answer": None,
         },
         "cache": {"kind": "dynamic", "dtype": "auto", "prefix": False},
         "engine": {
@@ -136,6 +138,19 @@ REFUSED = {
     "{version: 1, sampling: {temperature: .nan}}": ("sampling.temperature", "found NaN", "a number"),
     "{version: 1, sampling: {top_p: 0}}": ("sampling.top_p", "found 0", "a number > 0 ≤ 1"),
     "{version: 1, sampling: {top_p: '1'}}": ("sampling.top_p", 'found "1"', "a number"),
+    "{version: 1, sampling: {choose: best}}": ("sampling.choose", 'found "best"', "mean_logprob, majority, check or null"),
+    "{version: 1, sampling: {candidates: 8}}": ("sampling", "found candidates: 8 at temperature 0", "temperature above 0"),
+    "{version: 1, sampling: {choose: check}}": ("sampling", "found choose: check with candidates: 1", "candidates: 2 or more"),
+    "{version: 1, sampling: {temperature: 1, candidates: 2, answer: x}}": (
+        "sampling",
+        "found answer: 'x' with choose: null",
+        "choose: majority",
+    ),
+    "{version: 1, sampling: {temperature: 1, candidates: 2, choose: majority, answer: '('}}": (
+        "sampling",
+        "found answer: '('",
+        "a pattern of Python's re",
+    ),
     "{version: 1, speculative: {tokens: 3}}": ("speculative.draft", "is missing", ""),
     "{version: 1, speculative: {draft: model}}": ("speculative.draft", 'found "model"', "prompt_lookup"),
     "{version: 1, calibration: {samples: 0, tokens: 1}}": ("calibration.samples", "found 0", "(and 1 more)"),

@@ -9,6 +9,9 @@ from pathlib import Path
 from infopt.errors import InputError, unknown
 from infopt.protocols import Engine
 
+#: Engines that hand out the log-probabilities of what they draw.
+WITH_LOGPROBS = ("native",)
+
 
 def names() -> list[str]:
     """Every engine there is, by file name."""

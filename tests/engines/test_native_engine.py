@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from conftest_runtime import VOCABULARY, tiny
 
 from infopt.engines import find
@@ -65,6 +66,23 @@ def test_candidates_are_rows_of_their_own(opened: Callable[..., NativeModel]) ->
     assert len(found.output_ids) == 6
     assert len(set(found.output_ids)) > 2
     assert engine.generate([request(PROMPTS[0], 8, seed=3)]).output_ids == found.output_ids[:3]
+
+
+@pytest.mark.parametrize("settings", [{}, {"draft": "prompt_lookup"}], ids=str)
+def test_mean_log_probabilities_are_the_models_own(opened: Callable[..., NativeModel], settings: dict[str, Any]) -> None:
+    model, sampling = opened(), Sampling(1.2, top_k=20, candidates=3, choose="majority")
+    prompts = PROMPTS[:2]
+    found = NativeEngine(model, sampling=sampling, **settings).generate([request(prompt, 8, seed=3) for prompt in prompts])
+    assert found.mean_logprobs is not None
+    for row, (ids, level) in enumerate(zip(found.output_ids, found.mean_logprobs, strict=True)):
+        prompt = prompts[row // 3]
+        logits = tiny()(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert level == pytest.approx(float(logits.gather(1, torch.tensor(ids)[:, None]).mean()), abs=1e-3)
+
+
+def test_log_probabilities_cost_nothing_where_nobody_asked(opened: Callable[..., NativeModel]) -> None:
+    engine = NativeEngine(opened(), sampling=Sampling(1.2, candidates=2))
+    assert engine.generate([request(PROMPTS[0], 4)]).mean_logprobs is None
 
 
 @pytest.mark.parametrize(
