@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from infopt import leakage, pipeline
 from infopt.arms import ArmSpec, way
 from infopt.data import choices, prompts, texts
+from infopt.data.candidates import require_rules
 from infopt.errors import InfoptError, InputError
 from infopt.measure import memory
 from infopt.model import load, shapes
@@ -50,7 +51,9 @@ def check(reference: ArmSpec, candidates: Sequence[ArmSpec], options: LoadOption
             for own in known[1:]:
                 fidelity.common_vocabulary(known[0].vocabulary, own.vocabulary)
             _windows(tokenizers[0](text, verbose=False)["input_ids"], settings, *(each.context for each in known))
-        for own, tokenizer in zip(known, tokenizers, strict=True):
+        for spec, own, tokenizer in zip(arms, known, tokenizers, strict=True):
+            if settings.behaviour_prompts:
+                require_rules(_rows(settings), spec.recipe.sampling.choose)
             if settings.behaviour_prompts and own.context:
                 behaviour.require_room(_rows(settings), tokenizer, own.context)
             if settings.choice_items:
@@ -190,7 +193,9 @@ class _Assessed:
         if self._answers is None:
             engine = pipeline.engine(self.bundle, self.spec.recipe)
             rows = _rows(self.settings)
-            self._answers = behaviour.run_prompts(engine, rows, self.bundle.tokenizer, progress=self.progress)
+            self._answers = behaviour.run_prompts(
+                engine, rows, self.bundle.tokenizer, progress=self.progress, sampling=self.spec.recipe.sampling
+            )
         return self._answers
 
     def scores(self) -> list[tasks.ItemScore]:

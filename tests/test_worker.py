@@ -195,6 +195,18 @@ def test_quality_that_cannot_be_judged_is_refused_before_any_weight_is_read(
         assert found["hint"]
 
 
+def test_a_choice_by_rules_needs_prompts_with_rules(ask: Ask, tmp_path: Path) -> None:
+    checks = tmp_path / "checks.jsonl"
+    checks.write_text('{"prompt": "one", "expect": {"json": true}}\n{"id": "free", "prompt": "two"}\n', encoding="utf-8")
+    sets = ["sampling.temperature=1.0", "sampling.candidates=2", "sampling.choose=check"]
+    settings = asdict(QualitySettings(fidelity_tokens=0, choice_items=0, behaviour_prompts=2, prompts_file=str(checks)))
+    asked = {"reference": arm("tiny"), "options": OPTIONS, "settings": settings}
+    assert ask("check_quality", candidates=[arm("tiny")], **asked)[-1]["event"] == "answer"
+    found = error(ask("check_quality", candidates=[arms.spec("tiny", "baseline", sets).as_dict()], **asked))
+    assert "checks.jsonl:2: the prompt 'free' has no rules; choose: check needs some" in found["message"]
+    assert '"expect"' in found["hint"]
+
+
 def test_windows_are_as_long_as_text_and_context_allow() -> None:
     settings = QualitySettings(fidelity_tokens=1024)
     for tokens, contexts, length, count in ((5000, (), 512, 2), (100, (0,), 100, 1), (5000, (128, 0, 256), 128, 8)):

@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from infopt.data.candidates import Choice, choose
 from infopt.data.expect import Failure, is_refusal
 from infopt.data.prompts import Prompt, encode
 from infopt.errors import InputError
 from infopt.protocols import Engine, Progress, Request
 from infopt.quality.values import figure_value
 from infopt.result import Value
+from infopt.sections import SamplingSection
 from infopt.shares import mcnemar_p, share_interval
 
 if TYPE_CHECKING:
@@ -34,13 +36,28 @@ DEFAULT_MAX_TOKENS = 64
 
 
 @dataclass(frozen=True)
+class Row:
+    """One of `sampling.candidates` answers to a prompt.
+
+    `output_ids` ends before the end-of-text token; `text` has no special tokens.
+    """
+
+    output_ids: tuple[int, ...]
+    text: str
+    mean_logprob: float | None = None
+    """Nats per token, the end-of-text token included; None where nobody asked for it, or the engine has none."""
+
+
+@dataclass(frozen=True)
 class Answer:
-    """One prompt answered. `output_ids` ends before the end-of-text token; `text` has no special tokens."""
+    """One prompt answered, by the row that `choice` names, or by the first where nothing chooses."""
 
     id: str
     prompt_ids: tuple[int, ...]
     output_ids: tuple[int, ...]
     text: str
+    rows: tuple[Row, ...] = ()
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -108,21 +125,46 @@ def run_prompts(
     default_max_tokens: int = DEFAULT_MAX_TOKENS,
     progress: Progress = lambda line: None,
     seed: int = 0,
+    sampling: SamplingSection | None = None,
 ) -> list[Answer]:
-    """Lets `engine` answer each prompt alone, so that no answer depends on its neighbours in a batch."""
-    ends = set(tokenizer.all_special_ids)
+    """Lets `engine` answer each prompt alone, so that no answer depends on its neighbours in a batch.
+
+    `sampling`: how the engine's rows are chosen from. Raises InputError where what that needs is missing.
+    """
     answers = []
     for number, prompt in enumerate(prompts, start=1):
         progress(f"behaviour: prompt {number} of {len(prompts)}")
         prompt_ids = encode(prompt, tokenizer)
         limit = answer_limit(prompt, default_max_tokens)
         trace = engine.generate([Request(prompt.id, prompt_ids, limit, ignore_eos=False, seed=seed)])
-        output_ids = list(trace.output_ids[0])
-        while output_ids and output_ids[-1] in ends:
-            output_ids.pop()
-        text = str(tokenizer.decode(output_ids, skip_special_tokens=True))
-        answers.append(Answer(prompt.id, prompt_ids, tuple(output_ids), text))
+        levels = trace.mean_logprobs or (None,) * len(trace.output_ids)
+        rows = tuple(_row(ids, level, tokenizer) for ids, level in zip(trace.output_ids, levels, strict=True))
+        choice = _choice(prompt, rows, trace.mean_logprobs, sampling)
+        taken = rows[choice.index if choice else 0]
+        answers.append(Answer(prompt.id, prompt_ids, taken.output_ids, taken.text, rows, choice))
     return answers
+
+
+def _row(ids: Sequence[int], mean_logprob: float | None, tokenizer: PreTrainedTokenizerBase) -> Row:
+    kept, ends = list(ids), set(tokenizer.all_special_ids)
+    while kept and kept[-1] in ends:
+        kept.pop()
+    return Row(tuple(kept), str(tokenizer.decode(kept, skip_special_tokens=True)), mean_logprob)
+
+
+def _choice(
+    prompt: Prompt, rows: Sequence[Row], levels: Sequence[float | None] | None, sampling: SamplingSection | None
+) -> Choice | None:
+    if sampling is None or sampling.choose is None:
+        return None
+    rules = prompt.expect
+    return choose(
+        [row.text for row in rows],
+        sampling.choose,
+        mean_logprobs=levels,
+        answer=sampling.answer,
+        passes=None if rules is None else lambda index: not rules.check(rows[index].text, len(rows[index].output_ids)),
+    )
 
 
 def answer_limit(prompt: Prompt, default_max_tokens: int = DEFAULT_MAX_TOKENS) -> int:

@@ -189,6 +189,47 @@ def test_generate_takes_a_recipe_and_a_temperature() -> None:
     assert sampled["answers"][0]["output_ids"] != greedy["answers"][0]["output_ids"]
 
 
+CANDIDATES = ("--set", "sampling.candidates=3", "--temperature", "1", "--tokens", "6", *CPU)
+
+
+def test_generate_shows_the_chosen_candidate_and_why() -> None:
+    asked = ("generate", "tiny:native_exact", "hello", "--set", "sampling.choose=mean_logprob", *CANDIDATES)
+    (answer,) = document(*asked)["answers"]
+    rows = answer["candidates"]
+    levels = [row["mean_logprob"] for row in rows]
+    assert (len(rows), answer["chosen"]) == (3, levels.index(max(levels)))
+    assert (answer["text"], answer["output_ids"]) == (rows[answer["chosen"]]["text"], rows[answer["chosen"]]["output_ids"])
+    text = run(*asked).stdout
+    assert text.endswith(f"\n--- candidate {answer['chosen'] + 1} of 3: {answer['why']}\n")
+    assert f"{max(levels):.3f} nats per token" in answer["why"]
+
+
+def test_generate_shows_all_candidates_where_nothing_chooses() -> None:
+    (answer,) = document("generate", "tiny", "hello", *CANDIDATES)["answers"]
+    assert (answer["chosen"], answer["why"]) == (None, None)
+    assert {row["mean_logprob"] for row in answer["candidates"]} == {None}
+    text = run("generate", "tiny", "hello", *CANDIDATES).stdout
+    assert text == "".join(f"--- candidate {i} of 3\n{row['text']}\n" for i, row in enumerate(answer["candidates"], start=1))
+
+
+def test_generate_checks_candidates_by_the_users_rules() -> None:
+    stock = ("generate", "tiny", "hello", "--set", "engine.name=transformers", *CANDIDATES)
+    checked = (*stock, "--set", "sampling.choose=check")
+    rows = [row["text"] for row in document(*stock)["answers"][0]["candidates"]]
+    (answer,) = document(*checked, "--expect", json.dumps({"contains": rows[2]}))["answers"]
+    assert (answer["chosen"], answer["text"]) == (rows.index(rows[2]), rows[2])
+    for flags, message in (
+        (checked, "the prompt 'prompt' has no rules; choose: check needs some"),
+        ((*checked, "--expect", "{"), "--expect: broken JSON"),
+        ((*checked, "--expect", '{"is": "x"}'), "--expect: expect: unknown key 'is'"),
+        (("generate", "tiny", "hello", "--expect", "{}"), "--expect has no effect without sampling.choose=check"),
+        ((*stock, "--set", "sampling.choose=mean_logprob"), "found mean_logprob with engine transformers; allowed with"),
+    ):
+        result = run(*flags, code=Exit.USAGE)
+        assert message in result.stderr
+        assert "hint: " in result.stderr
+
+
 def test_optimize_predicts_then_writes(tmp_path: Path) -> None:
     step = ("--set", "steps.0.rtn.group_size=32")
     forecast = document("optimize", "tiny", "-r", "rtn_int4", *step, "--dry-run", *CPU)

@@ -16,6 +16,7 @@ from infopt.data.prompts import Prompt
 from infopt.errors import InputError
 from infopt.protocols import Request, Trace
 from infopt.quality.behaviour import Answer, compare_answers, first_divergence, repetition, run_prompts, top_two_margin
+from infopt.sections import SamplingSection
 
 
 class ScriptedEngine:
@@ -142,6 +143,52 @@ def test_run_prompts_cleans_answers_and_limits_tokens(byte_tokenizer: PreTrained
     assert lines[0] == "behaviour: prompt 1 of 3"
     result = compare_answers(rows, answers, answers)
     assert [failure.rule for failure in result.outcomes[2].failures] == ["max_tokens"]
+
+
+class SamplingEngine(ScriptedEngine):
+    """Answers every prompt with all texts, each as likely as `levels` says."""
+
+    levels: tuple[float, ...] | None = None
+
+    def generate(self, requests: Sequence[Request]) -> Trace:
+        return Trace(tuple(self._outputs), (0.0,), (1,), mean_logprobs=self.levels)
+
+
+TEXTS = ["It is 7.", "it  is 7.", "7, I think", "Maybe 8", "no"]
+
+
+@pytest.mark.parametrize(
+    ("choose", "levels", "chosen"),
+    [
+        ({}, None, None), ({}, (-5.0, -4.0, -3.0, -2.0, -1.0), None),
+        ({"choose": "majority"}, None, 0), ({"choose": "majority"}, (-5.0, -4.0, -3.0, -2.0, -1.0), 1),
+        ({"choose": "majority", "answer": r"\d"}, (-5.0, -4.0, -3.0, -2.0, -1.0), 2),
+        ({"choose": "mean_logprob"}, (-5.0, -4.0, -3.0, -2.0, -3.0), 3),
+        ({"choose": "check"}, (-5.0, -4.0, -3.0, -2.0, -1.0), 2), ({"choose": "check"}, None, 0),
+    ],
+)  # fmt: skip
+def test_the_chosen_row_is_the_answer_that_is_judged(
+    byte_tokenizer: PreTrainedTokenizerFast, choose: dict[str, str], levels: tuple[float, ...] | None, chosen: int | None
+) -> None:
+    engine = SamplingEngine(byte_tokenizer, [f"{text}</s>" for text in TEXTS])
+    engine.levels = levels
+    sampling = SamplingSection.model_validate({"temperature": 1.0, "candidates": 5, **choose})
+    (found,) = run_prompts(engine, [prompt("p", contains="7")], byte_tokenizer, sampling=sampling)
+    assert [row.text for row in found.rows] == TEXTS
+    assert [row.mean_logprob for row in found.rows] == list(levels or [None] * 5)
+    assert (found.choice.index if found.choice else None) == chosen
+    taken = found.rows[chosen or 0]
+    assert (found.text, found.output_ids) == (taken.text, taken.output_ids)
+    result = compare_answers([prompt("p", contains="7")], [found], [found])
+    assert result.count("kept") == (chosen != 3)
+
+
+def test_a_choice_without_what_it_needs_is_refused(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = SamplingEngine(byte_tokenizer, TEXTS)
+    for choose, said in (("mean_logprob", "no log-probabilities"), ("check", "no rules")):
+        sampling = SamplingSection.model_validate({"temperature": 1.0, "candidates": 5, "choose": choose})
+        with pytest.raises(InputError, match=said):
+            run_prompts(engine, [prompt("p")], byte_tokenizer, sampling=sampling)
 
 
 def test_other_prompts_are_refused() -> None:
