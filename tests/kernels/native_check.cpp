@@ -209,7 +209,7 @@ static void check_products(const Library& library) {
         for (int rows : {1, 17, 37}) {
             const Matrix w = matrix(grid, rows, 192, rows == 17);
             const int stride = up(rows, 16);
-            for (int tokens = 1; tokens <= 9; tokens++) {
+            for (int tokens : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 35}) {
                 const float* x = numbers(size_t(tokens) * w.inner, 3);
                 std::vector<float> y(size_t(tokens) * stride), real;
                 library.multiply(engine, &w, x, tokens, y.data());
