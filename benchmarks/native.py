@@ -154,7 +154,7 @@ class Bench:
             steps: list[int] = []
             plain = _seconds(partial(Loop(step).run, asks))
             listen = lambda told, _, to=steps: to.append(told.tokens[0])  # noqa: E731
-            drafted = _seconds(partial(Loop(step, PromptLookup, DraftLength(12)).run, asks, listen))
+            drafted = _seconds(partial(Loop(step, PromptLookup(), DraftLength(12)).run, asks, listen))
             self.note(f"prompt lookup over plain, {name}", plain / drafted)
             self.note(f"tokens per step, {name}", NEW / len(steps))
 

@@ -180,9 +180,10 @@ class ArmRun:
             reference=self.facts.get("reference", named),
             reference_hash=self.facts.get("reference_hash", ""),
             recipe=recipe,
-            engine=self.spec.recipe.engine.name,
+            engine=self.facts.get("engine", self.spec.recipe.engine.name),
             dtype=self.facts.get("dtype", ""),
             device=self.facts.get("device", ""),
+            notes=tuple(self.facts.get("notes", ())),
         )
 
     def run(self, created_utc: str, reason: str | None = None) -> Run:

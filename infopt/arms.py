@@ -15,6 +15,9 @@ from infopt import artifact, engines, recipe, techniques
 from infopt.errors import InputError, RecipeError, unknown
 from infopt.recipe import Recipe
 
+#: The recipe of a model that is named without one.
+DEFAULT = "as_stored"
+
 
 @dataclass(frozen=True)
 class ArmSpec:
@@ -65,7 +68,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def spec(model: str, recipe_name: str | None, overrides: Sequence[str] = (), dtype: str | None = None) -> ArmSpec:
-    """The arm of a model and a recipe (default: `baseline`, or an artifact's own). Raises InputError.
+    """The arm of a model and a recipe (default: `as_stored`, or an artifact's own). Raises InputError.
 
     An artifact is already optimized: a recipe given for it may only change how it runs.
     """
@@ -73,7 +76,7 @@ def spec(model: str, recipe_name: str | None, overrides: Sequence[str] = (), dty
     folder = Path(model).expanduser()
     model = str(folder) if model.startswith("~") else model
     if not artifact.is_artifact(folder):
-        chosen = load_recipe(recipe_name or "baseline", overrides)
+        chosen = load_recipe(recipe_name or DEFAULT, overrides)
         label = chosen.name if recipe_name else _short(model)
         return ArmSpec(label, model, chosen)
     if recipe_name is None:

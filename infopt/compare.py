@@ -34,6 +34,8 @@ QUICK_PAIRS, GATE_PAIRS, GATE_CAP = 10, checks.GATE_PAIRS, 30
 SELF_TEST = "A/A"
 REDOS_PER_ARM = 2
 """Quick mode does not wait for a machine that is never idle: so many blocks an arm are measured again, on average."""
+SAME_NATS = 1e-3
+"""KLD up to which two ways of running a model count as one, when another's quality is known against either."""
 
 
 @dataclass(frozen=True)
@@ -337,13 +339,20 @@ def quality_mismatch(baseline: Run, candidate: Run) -> str | None:
         return "this run does not tell which model its quality was measured against"
     if known["reference_hash"] != baseline.arm.reference_hash:
         return f"its quality was measured against {known['reference']}, which is not the baseline; compare live"
-    if known["reference_way"] != way(baseline.arm.recipe):
+    if known["reference_way"] != way(baseline.arm.recipe) and not _is_as_good(baseline, known):
         return "its quality was measured against the baseline's model run in another way; compare live"
     for tier, name in (("fidelity", "text"), ("behaviour", "prompts"), ("tasks", "items")):
         before, after = (run.quality.get(tier, {}).get(f"{name}_hash") for run in (baseline, candidate))
         if before is not None and after is not None and before != after:
             return f"the {name} of the two runs' quality differ"
     return None
+
+
+def _is_as_good(run: Run, reference: dict[str, Any]) -> bool:
+    """Whether a run was itself held against that reference, in the same way, and found to say the same."""
+    known, distance = run.quality, run.figures.get("kld.mean")
+    same = all(known.get(key) == reference[key] for key in ("reference_hash", "reference_way"))
+    return same and distance is not None and distance.value is not None and distance.value <= SAME_NATS
 
 
 def _complete(folder: Path) -> Run:

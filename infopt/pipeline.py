@@ -325,11 +325,17 @@ def engine(bundle: Bundle, chosen: Recipe) -> Engine:
     """
     section, cache, speculative = chosen.engine, chosen.cache, chosen.speculative
     is_stock = section.name == NATIVE and not hasattr(bundle.model, "step")
+    if is_stock and chosen.sampling.choose == "mean_logprob":
+        raise InputError(
+            f"sampling.choose: found mean_logprob, but this is {bundle.notes[0]}; allowed: majority, check or null",
+            hint="--set sampling.choose=majority",
+        )
     options: dict[str, Any] = {"draft": speculative.draft} if speculative else {}
     if speculative and speculative.tokens != "auto":
         options["draft_tokens"] = speculative.tokens
     if speculative and section.name == NATIVE and not is_stock:
-        own = OWN_DRAFTS if bundle.model.step.name == "whole" else OWN_DRAFTS[:1]
+        model: Any = bundle.model
+        own = OWN_DRAFTS if model.step.name == "whole" else OWN_DRAFTS[:1]
         options |= {"draft_layers": speculative.layers, "among": (*own, *speculative.models)}
     make = engines.find("transformers" if is_stock else section.name)
     made: Engine = make(

@@ -76,7 +76,7 @@ class Recipe:
         document: dict[str, Any] = {"version": 1, "name": self.name, "about": self.about}
         document["steps"] = [step.as_dict() for step in self.steps]
         if self.speculative:
-            document["speculative"] = self.speculative.model_dump()
+            document["speculative"] = self.speculative.model_dump(mode="json")
         for key in ("sampling", "cache", "engine", "calibration"):
             document[key] = getattr(self, key).model_dump()
         document["gates"] = _gates_dict(self.gates)

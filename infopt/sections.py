@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -29,6 +30,10 @@ class Speculative(Section):
 
     @model_validator(mode="after")
     def _goes_together(self) -> Speculative:
+        known = ("auto", *OWN_DRAFTS)
+        meant = [] if self.draft in known else get_close_matches(self.draft, known, 1, 0.7)
+        if meant:  # a model's name may be anything else
+            raise ValueError(f"found draft: {self.draft}; allowed: {', '.join(known)} or a model; did you mean {meant[0]!r}?")
         if self.among and self.draft != "auto":
             raise ValueError(f"found among with draft: {self.draft}; allowed: draft: auto")
         if self.layers is not None and self.draft not in ("self", "auto"):

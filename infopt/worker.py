@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,12 +28,13 @@ from infopt import artifact, assess, optimize, pipeline
 from infopt.arms import ArmSpec
 from infopt.data import prompts, texts
 from infopt.errors import InfoptError, InputError
-from infopt.measure import energy, environment, memory, nvml, peaks, roofline
+from infopt.measure import candidates, energy, environment, memory, nvml, peaks, roofline
 from infopt.measure.clock import WallClock
 from infopt.measure.value import value
 from infopt.measure.window import Instruments, Place, measure_block
 from infopt.model import load, reference, shapes
 from infopt.protocols import Machine, Request, Trace
+from infopt.result import Value
 from infopt.settings import LoadOptions, QualitySettings, WorkloadSpec
 from infopt.workload import Workload
 from infopt.workload.prompts import prompt_set
@@ -81,6 +82,8 @@ class OpenArm:
             "reference": self.bundle.description,
             "reference_hash": reference.fingerprint(self.reference),
             "device": self.device,
+            "engine": self.engine.name,
+            "notes": self.engine.notes,
             "dtype": str(self.bundle.model.dtype).removeprefix("torch."),
             "environment": environment.gather(self.device, self.threads, self.gpu),
             "workload": self.workload.as_dict(),
@@ -130,8 +133,18 @@ class OpenArm:
         return block.model_dump()
 
     def finish(self) -> dict[str, Any]:
-        """Peaks of memory since the arm was open."""
-        return {"figures": {key: each.model_dump() for key, each in self.memory.values().items()}}
+        """Peaks of memory since the arm was open, and what its candidates cost against one."""
+        found = self.memory.values() | {candidates.KEY: self._candidates_cost()}
+        return {"figures": {key: each.model_dump() for key, each in found.items()}}
+
+    def _candidates_cost(self) -> Value:
+        sampling = self.spec.recipe.sampling
+        if sampling.candidates == 1:
+            return candidates.not_asked()
+        self._emit("progress", line="one candidate, to see what the others cost")
+        single = sampling.model_copy(update={"candidates": 1, "choose": None, "answer": None})
+        one = pipeline.engine(self.bundle, replace(self.spec.recipe, sampling=single))
+        return candidates.cost_ratio(self.engine, one, self.workload.batches(self.seed, 0), self.clock)
 
     def _traffic(self) -> dict[str, Any]:
         """What the parent needs for the limits: shapes, bytes that a step reads, and what it multiplies in."""
@@ -248,7 +261,8 @@ class Worker:
         tokenizer, context = load.open_tokenizer(ref), shapes.shapes(ref).context
         for each in (WorkloadSpec(**workload) for workload in workloads):
             build_workload(each, tokenizer, context)
-            if each.batch > 1 and (spec.recipe.speculative or spec.recipe.cache.prefix):
+            drafts_alone = spec.recipe.speculative and spec.recipe.engine.name != pipeline.NATIVE
+            if each.batch > 1 and (drafts_alone or spec.recipe.cache.prefix):
                 raise InputError(f"{each.name}: {spec.recipe.name} takes 1 request at a time", hint="use batch 1")
 
     def do_check_quality(

@@ -53,7 +53,7 @@ def test_a_folder_with_a_colon_in_its_name_is_a_model(tmp_path: Path) -> None:
 
 def test_a_model_alone_runs_as_it_is() -> None:
     found = arms.spec("some/model", None)
-    assert (found.label, found.model, found.recipe.name, found.is_artifact) == ("model", "some/model", "baseline", False)
+    assert (found.label, found.model, found.recipe.name, found.is_artifact) == ("model", "some/model", "as_stored", False)
     assert found.recipe.steps == ()
 
 

@@ -56,9 +56,10 @@ def test_an_empty_recipe_changes_nothing_and_has_every_default() -> None:
         },
         "cache": {"kind": "dynamic", "dtype": "auto", "prefix": False},
         "engine": {
-            "name": "transformers",
+            "name": "native",
             "weights": "auto",
             "head": "auto",
+            "way": "auto",
             "dtype": "auto",
             "compile": "never",
             "attention": "auto",
@@ -131,7 +132,7 @@ REFUSED = {
     ),
     "{version: 1, steps: [{round: {exact: 1}}]}": ("steps[0].round.exact", "found 1", "true or false"),
     "{version: 1, steps: [{round: {ignore: lm_head}}]}": ("steps[0].round.ignore", 'found "lm_head"', "a list"),
-    "{version: 1, engine: fast}": ("engine", 'found "fast"', "{name, weights, head, dtype, compile, attention}"),
+    "{version: 1, engine: fast}": ("engine", 'found "fast"', "{name, weights, head, way, dtype, compile, attention}"),
     "{version: 1, engine: {dtype: bf16}}": ("engine.dtype", 'found "bf16"', "auto, float32, bfloat16, float16"),
     "{version: 1, engine: {dtyp: auto}}": ("engine.dtyp", "unknown key 'dtyp'", "did you mean 'dtype'?"),
     "{version: 1, sampling: {temperature: 9}}": ("sampling.temperature", "found 9", "a number ≥ 0 ≤ 5"),
@@ -152,7 +153,13 @@ REFUSED = {
         "a pattern of Python's re",
     ),
     "{version: 1, speculative: {tokens: 3}}": ("speculative.draft", "is missing", ""),
-    "{version: 1, speculative: {draft: model}}": ("speculative.draft", 'found "model"', "prompt_lookup"),
+    "{version: 1, speculative: {draft: prompt_lokup}}": (
+        "speculative",
+        "found draft: prompt_lokup",
+        "did you mean 'prompt_lookup'?",
+    ),
+    "{version: 1, speculative: {draft: self, among: [a/b]}}": ("speculative", "found among", "draft: auto"),
+    "{version: 1, speculative: {draft: prompt_lookup, layers: 3}}": ("speculative", "found layers", "draft: self or auto"),
     "{version: 1, calibration: {samples: 0, tokens: 1}}": ("calibration.samples", "found 0", "(and 1 more)"),
     "{version: 1, gates: [a]}": ("gates", 'found ["a"]', "figures with their conditions"),
     "{version: 1, gates: {tpot_s.p51: {max: 1}}}": ("gates.tpot_s.p51", "unknown figure", "did you mean 'tpot_s.p"),
@@ -177,7 +184,7 @@ def test_a_mistake_is_named_with_its_place_and_what_is_allowed(text: str) -> Non
 def test_a_missing_key_says_what_it_takes() -> None:
     with pytest.raises(RecipeError) as caught:
         parse("{version: 1, speculative: {}}")
-    assert caught.value.hint == "allowed: prompt_lookup"
+    assert caught.value.hint == "allowed: text"
 
 
 def test_long_values_are_cut() -> None:

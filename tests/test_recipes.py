@@ -15,7 +15,7 @@ from infopt.protocols import Shapes
 FILES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 every = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 PROMISED = {
-    "baseline", "bf16", "fp16", "int8", "int8_naive", "bnb_int8", "nf4", "quanto_int8", "quanto_int4", "rtn_int4",
+    "as_stored", "baseline", "bf16", "fp16", "int8", "int8_naive", "bnb_int8", "nf4", "quanto_int8", "quanto_int4", "rtn_int4",
     "prompt_lookup", "static_cache", "prefix_cache",
 }  # fmt: skip
 
@@ -46,7 +46,8 @@ def test_it_opens_with_the_line_that_runs_it(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     if path.stem == "baseline":
         assert lines[0] == "# infopt bench demo -r recipes/baseline.yaml"
-    assert f"# infopt compare demo demo:recipes/{path.name}" in lines[:4]
+    baseline = "demo:baseline" if f"# infopt compare demo:baseline demo:recipes/{path.name}" in lines[:4] else "demo"
+    assert f"# infopt compare {baseline} demo:recipes/{path.name}" in lines[:4]
 
 
 @every

@@ -57,9 +57,7 @@ class TransformersEngine:
         self.model: Any = model  # `generate` comes from a mixin that its type does not show
         self.sampling = sampling or Sampling()
         if draft not in (None, "prompt_lookup"):
-            raise InputError(
-                f"draft {draft!r}; allowed with the transformers engine: prompt_lookup", hint="engine: {name: native}"
-            )
+            raise InputError(f"draft {draft!r}; allowed here: prompt_lookup", hint="engine: {name: native}")
         prompt_lookup = (PROMPT_LOOKUP if draft_tokens is None else draft_tokens) if draft else None
         self._cache_kind, self._prompt_lookup, self._compile, self._now = cache, prompt_lookup, compile, now
         _check_settings(model, self.sampling, cache, prefix, prompt_lookup)

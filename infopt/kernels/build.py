@@ -27,11 +27,13 @@ COMPILERS = ("c++", "g++", "clang++")
 COMMON = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-ignored-attributes")
 HINT = "engine: {name: transformers} runs without"
 #: Instruction set → (features that /proc/cpuinfo must list, compiler flags), best first.
+AVX512 = (
+    {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
+)
 X86 = {
-    "avx512": (
-        {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
-        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
-    ),
+    "amx": (AVX512[0] | {"amx_tile", "amx_int8"}, (*AVX512[1], "-mamx-tile", "-mamx-int8")),
+    "avx512": AVX512,
     "avx2": ({"avx2", "fma", "f16c"}, ("-mavx2", "-mfma", "-mf16c")),
     "plain": (set[str](), ()),
 }

@@ -104,11 +104,10 @@ def notes(comparison: Comparison) -> tuple[str, ...]:
 
 
 def references(arms: Sequence[Arm]) -> tuple[str, ...]:
-    """What was really loaded; one line when all arms share it."""
+    """What was really loaded, one line when all arms share it; and how the engines ran it, where they tell."""
     described = dict.fromkeys(arm.reference for arm in arms)
-    if len(described) == 1:
-        return (f"reference: {arms[0].reference}",)
-    return tuple(f"{arm.label}: {arm.reference}" for arm in arms)
+    loaded = [f"reference: {arms[0].reference}"] if len(described) == 1 else [f"{arm.label}: {arm.reference}" for arm in arms]
+    return (*loaded, *(f"{arm.label}: {note}" for arm in arms for note in arm.notes))
 
 
 def machine(environment: Mapping[str, Any]) -> str:

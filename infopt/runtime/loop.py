@@ -151,7 +151,7 @@ class Loop:
             [Run(sequence, ask.prompt_ids) for sequence, ask in zip(sequences, asks, strict=True)],
             want_logits=any(self._needs_logits(ask) for ask in asks),
         )
-        rows = []
+        rows: list[Row] = []
         for index, (ask, sequence) in enumerate(zip(asks, sequences, strict=True)):
             for candidate in range(ask.sampling.candidates):
                 own = sequence if candidate == ask.sampling.candidates - 1 else self.step.fork(sequence)
@@ -189,9 +189,7 @@ class Loop:
             return
         most = self.length.most if self.drafter.is_free else self.length.choose(0, len(active))
         rooms = [min(most, row.ask.max_new_tokens - len(row.answer.ids) - 1) for row in active]
-        wanted = [
-            Wanted(row.state, row.ids, room, row.source, row.ask.sampling) for row, room in zip(active, rooms, strict=True)
-        ]
+        wanted = [Wanted(row.state, row.ids, room, row.source, row.ask.sampling) for row, room in zip(active, rooms, strict=True)]
         for row, proposed in zip(active, self.drafter.propose(wanted) if any(rooms) else [Draft()] * len(active), strict=True):
             count = len(proposed.tokens)
             if self.drafter.is_free and count:

@@ -110,8 +110,8 @@ def require(layer: Any) -> None:
         return
     weight = getattr(layer, "weight", None)
     # Subclasses of tensors (quanto's, torchao's, bitsandbytes') hold their numbers in ways of their own.
-    is_plain = type(weight) in (torch.Tensor, nn.Parameter) and type(weight.data) is torch.Tensor
-    if not is_plain or weight.dtype not in FLOATING or weight.dim() != 2 or type(layer).__name__ == "KernelLinear":
+    is_plain = isinstance(weight, torch.Tensor) and type(weight.data) is torch.Tensor
+    if not isinstance(weight, torch.Tensor) or not is_plain or weight.dtype not in FLOATING or weight.dim() != 2:
         raise Unfit(f"{type(layer).__name__} keeps its weights in a way of its own")
 
 

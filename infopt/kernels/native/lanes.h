@@ -1,4 +1,4 @@
-// Sixteen numbers at a time, in whatever registers the target has: AVX-512, AVX2, NEON, or plain arrays.
+// Sixteen numbers at a time, in whatever registers the target has: AVX-512 (with AMX beside it), AVX2, NEON, or plain arrays.
 //
 // F: sixteen float32. Dots: sixteen int32 sums of products of four unsigned weights and four signed inputs.
 // Everything above this file is written once, against these two types.
@@ -8,7 +8,11 @@
 #include <cstring>
 
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
+#if defined(__AMX_INT8__)
+#define INFOPT_ISA amx
+#else
 #define INFOPT_ISA avx512
+#endif
 #include "lanes_avx512.h"
 #elif defined(__AVX2__)
 #define INFOPT_ISA avx2

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace avx512 {
+namespace INFOPT_ISA {
 
 constexpr int MOST_COLUMNS = 8;  // columns of inputs that one tile keeps in registers
 
@@ -75,4 +75,4 @@ struct Dots {
     F total() const { return {_mm512_cvtepi32_ps(v)}; }
 };
 
-}  // namespace avx512
+}  // namespace INFOPT_ISA

@@ -14,8 +14,10 @@ struct Inputs {
     int inner;  // padded to 32
     float* values;
     int8_t* rounded;
-    float* scales;     // [tokens, inner / 32]
-    int32_t* offsets;  // −128·Σ rounded, by group
+    float* scales;     // [tokens / 16, inner / 32, 16]: side by side for the tokens that are multiplied together
+    int32_t* offsets;  // the same of −128·Σ rounded
+
+    size_t first_scale(int token) const { return size_t(token / LANES) * (inner / GROUP) * LANES + token % LANES; }
 };
 
 static inline bool is_integer(const Matrix& w) { return w.kind == INT8 || w.kind == INT4; }
@@ -33,8 +35,9 @@ static inline void round_row(const Inputs& x, int token) {
         const int32_t total = store_rounded(to, mul(a, inverse)) + store_rounded(to + LANES, mul(b, inverse));
         // A NaN has no int8; its group's scale carries it on.
         const float checked = sum(add(a, b));
-        x.scales[token * groups + g] = checked == checked ? most / 127.0f : checked;
-        x.offsets[token * groups + g] = -128 * total;
+        const size_t at = x.first_scale(token) + size_t(g) * LANES;
+        x.scales[at] = checked == checked ? most / 127.0f : checked;
+        x.offsets[at] = -128 * total;
     }
 }
 
@@ -96,11 +99,11 @@ static inline void tile_integer(const Matrix& w, const Inputs& x, int token, int
     const size_t first = size_t(block) * (groups / span);
     const uint8_t* p = (const uint8_t*)w.weights + size_t(block) * x.inner * LANES / (KIND == INT4 ? 2 : 1);
     const int8_t* in = x.rounded + size_t(token) * x.inner;
-    const float* scales = x.scales + size_t(token) * groups;
-    const int32_t* offsets = x.offsets + size_t(token) * groups;
+    const float* scales = x.scales + x.first_scale(token);
+    const int32_t* offsets = x.offsets + x.first_scale(token);
     for (int m = 0; m < COLUMNS; m++) y[m] = zero();
     F scale = zero(), stored_zero = zero();
-    for (int g = 0, left = 0; g < groups; g++, left--) {
+    for (int g = 0, left = 0; g < groups; g++, left--, scales += LANES, offsets += LANES) {
         if (!left) {
             scale = load_scales(w.scales, w.scales_are_float32, first + g / span);
             if (HAS_ZEROS) stored_zero = load_scales(w.zeros, w.scales_are_float32, first + g / span);
@@ -108,7 +111,7 @@ static inline void tile_integer(const Matrix& w, const Inputs& x, int token, int
         }
         Dots dots[COLUMNS];
         for (int m = 0; m < COLUMNS; m++) {
-            const int32_t offset = offsets[m * groups + g];
+            const int32_t offset = offsets[m];
             KIND == INT8 ? dots[m].start8(offset) : dots[m].start4(HAS_ZEROS ? 0 : offset);
         }
         const int8_t* at = in + g * GROUP;
@@ -130,8 +133,8 @@ static inline void tile_integer(const Matrix& w, const Inputs& x, int token, int
         }
         for (int m = 0; m < COLUMNS; m++) {
             F total = dots[m].total();
-            if (HAS_ZEROS) total = fma(stored_zero, set1(float(offsets[m * groups + g]) * (1.0f / 128)), total);
-            y[m] = fma(total, mul(scale, set1(scales[m * groups + g])), y[m]);
+            if (HAS_ZEROS) total = fma(stored_zero, set1(float(offsets[m]) * (1.0f / 128)), total);
+            y[m] = fma(total, mul(scale, set1(scales[m])), y[m]);
         }
     }
 }
@@ -150,15 +153,56 @@ template <int COLUMNS>
         for (int m = 0; m < COLUMNS; m++) y[m] = add(y[m], load(w.bias + block * LANES));
 }
 
+}  // namespace INFOPT_ISA
+
+#if defined(__AMX_INT8__)
+#include "tiles_amx.h"
+#else
+namespace INFOPT_ISA {
+constexpr int TILE = 1, LEAST_TILED = 1;  // no tiles
+static inline bool may_use_tiles() { return false; }
+struct Tiled {
+    explicit Tiled(bool) {}
+};
+template <int KIND>
+static inline const int8_t* signed_weights(const Matrix&, int, int) { return nullptr; }
+template <bool HAS_ZEROS>
+static inline void tile_tokens(const Matrix&, const int8_t*, const Inputs&, int, int, F*) {}
+}  // namespace INFOPT_ISA
+#endif
+
+namespace INFOPT_ISA {
+
+constexpr int MOST_TOGETHER = TILE > MOST_COLUMNS ? TILE : MOST_COLUMNS;  // tokens that are handed on together
+
 template <int COLUMNS, int BLOCKS>
-static inline void tiles(const Matrix& w, const Inputs& x, int token, int block, F (*y)[8]) {
+static inline void tiles(const Matrix& w, const Inputs& x, int token, int block, F (*y)[MOST_TOGETHER]) {
     for (int b = 0; b < BLOCKS; b++) tile<COLUMNS>(w, x, token, block + b, y[b]);
 }
 
-// Calls `use(first token, columns, F y[BLOCKS][8])` for all tokens' products with BLOCKS blocks of rows.
+// Whether a product of so many tokens goes through tiles; the thread must hold `Tiled`.
+static inline bool is_tiled(const Matrix& w, int tokens) {
+    return TILE > 1 && is_integer(w) && tokens >= LEAST_TILED && may_use_tiles();
+}
+
+template <int BLOCKS, class Use>
+static inline void each_token_tile(const Matrix& w, const Inputs& x, int tokens, int block, Use use) {
+    F y[BLOCKS][MOST_TOGETHER];
+    const int8_t* weights[BLOCKS];
+    for (int b = 0; b < BLOCKS; b++)
+        weights[b] = w.kind == INT8 ? signed_weights<INT8>(w, block + b, b) : signed_weights<INT4>(w, block + b, b);
+    for (int t = 0; t < tokens; t += TILE) {
+        for (int b = 0; b < BLOCKS; b++)
+            w.zeros ? tile_tokens<true>(w, weights[b], x, t, block + b, y[b]) : tile_tokens<false>(w, weights[b], x, t, block + b, y[b]);
+        use(t, tokens - t < TILE ? tokens - t : TILE, y);
+    }
+}
+
+// Calls `use(first token, columns, F y[BLOCKS][MOST_TOGETHER])` for all tokens' products with BLOCKS blocks of rows.
 template <int BLOCKS = 1, class Use>
 static inline void each_tile(const Matrix& w, const Inputs& x, int tokens, int block, Use use) {
-    F y[BLOCKS][8];
+    if (is_tiled(w, tokens)) return each_token_tile<BLOCKS>(w, x, tokens, block, use);
+    F y[BLOCKS][MOST_TOGETHER];
     int t = 0;
     for (; tokens - t >= MOST_COLUMNS; t += MOST_COLUMNS) {
         tiles<MOST_COLUMNS, BLOCKS>(w, x, t, block, y);

@@ -22,7 +22,7 @@ struct Buffers {
     std::vector<int32_t> offsets;
 
     Inputs of(int inner, int tokens) {
-        const size_t all = size_t(tokens) * inner;
+        const size_t all = size_t(padded(tokens)) * inner;  // scales lie by sixteen tokens, and whole tiles of inputs are read
         if (values.size() < all) {
             values.resize(all);
             rounded.resize(all);
@@ -75,12 +75,13 @@ class Step {
         const Inputs in = shared.of(w.inner, tokens);
         memcpy(in.values, x, size_t(tokens) * w.inner * sizeof(float));
         pool.run([&](int thread) {
+            const Tiled tiled(is_tiled(w, tokens));
             if (is_integer(w)) {
                 for (int t = thread; t < tokens; t += pool.threads()) round_row(in, t);
                 pool.barrier();
             }
             each_block(w, thread, [&](int block) {
-                each_tile(w, in, tokens, block, [&](int t, int columns, F(*part)[8]) {
+                each_tile(w, in, tokens, block, [&](int t, int columns, F(*part)[MOST_TOGETHER]) {
                     for (int c = 0; c < columns; c++) store(y + size_t(t + c) * stride + block * LANES, part[0][c]);
                 });
             });
@@ -178,6 +179,7 @@ class Step {
     template <class T>
     void work(Batch& batch, int thread) {
         const int tokens = batch.tokens;
+        const Tiled tiled(TILE > 1 && tokens >= LEAST_TILED && may_use_tiles());
         for (int t = thread; t < tokens; t += pool.threads()) {
             float* to = hidden.data() + size_t(t) * width;
             read_row(*m.embedding, batch.ids[t], to);
@@ -189,7 +191,7 @@ class Step {
             const Layer& layer = m.layer[index];
             Inputs in = prepare(layer.qkv, tokens, thread, [&](int t, float* to) { normed(t, layer.input_norm, to); });
             each_block(layer.qkv, thread, [&](int block) {
-                each_tile(layer.qkv, in, tokens, block, [&](int t, int columns, F(*y)[8]) {
+                each_tile(layer.qkv, in, tokens, block, [&](int t, int columns, F(*y)[MOST_TOGETHER]) {
                     for (int c = 0; c < columns; c++) store(joined.data() + size_t(t + c) * joined_width() + block * LANES, y[0][c]);
                 });
             });
@@ -227,7 +229,7 @@ class Step {
     void join(const Matrix& w, const Inputs& in, int tokens, int thread, const float* norm) {
         float* target = norm ? added.data() : hidden.data();
         each_block(w, thread, [&](int block) {
-            each_tile(w, in, tokens, block, [&](int t, int columns, F(*y)[8]) {
+            each_tile(w, in, tokens, block, [&](int t, int columns, F(*y)[MOST_TOGETHER]) {
                 for (int c = 0; c < columns; c++) {
                     float* to = target + size_t(t + c) * width + block * LANES;
                     store(to, norm ? y[0][c] : add(load(to), y[0][c]));
@@ -326,7 +328,7 @@ class Step {
         each_block(
             layer.gate_up, thread,
             [&](int block) {
-                each_tile<2>(layer.gate_up, in, tokens, block, [&](int t, int columns, F(*y)[8]) {
+                each_tile<2>(layer.gate_up, in, tokens, block, [&](int t, int columns, F(*y)[MOST_TOGETHER]) {
                     for (int c = 0; c < columns; c++)
                         store(
                             products.data() + size_t(t + c) * stride + block / 2 * LANES,
@@ -343,7 +345,7 @@ class Step {
         const int stride = blocks_of(w) * LANES;
         const Inputs in = prepare(w, batch.outputs, thread, [&](int i, float* to) { normed(batch.output_token[i], m.final_norm, to); });
         each_block(w, thread, [&](int block) {
-            each_tile(w, in, batch.outputs, block, [&](int i, int columns, F(*y)[8]) {
+            each_tile(w, in, batch.outputs, block, [&](int i, int columns, F(*y)[MOST_TOGETHER]) {
                 for (int c = 0; c < columns; c++) offer(batch, thread, i + c, block, mul(y[0][c], set1(m.logits_scale)), stride);
             });
         });
