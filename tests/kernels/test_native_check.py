@@ -18,8 +18,9 @@ from infopt.kernels import build, library
 SOURCE = Path(__file__).with_name("native_check.cpp")
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 STATIC = ("-static-libstdc++", "-static-libgcc")
-#: How far numbers of a case may lie apart, in shares of its largest; sums of one row may cancel. Steps round keys and values to halves, and inputs of
-#: integer weights to bytes: a last bit decides which way, and the next layer shows it. What is wrong is off by its own size.
+#: How far numbers of a case may lie apart, in shares of its largest; the products of one row may cancel. Steps round keys and
+#: values to halves, and inputs of integer weights to bytes: a last bit decides which way, and the next layer shows it. What is
+#: wrong is off by its own size.
 TOLERANCES = (
     ("lanes", 4e-7), ("multiply", 1e-4), ("step float32, float", 4e-6), ("step bfloat16, float", 4e-6),
     ("step float32, half", 1e-3), ("step bfloat16, half", 1e-3), ("step not", 0.0), ("step", 0.05),
