@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from infopt.kernels import library
-from infopt.kernels.arena import Arena
+from infopt.kernels.arena import Arena, give_back
 from infopt.kernels.library import CLayer, CModel
 from infopt.kernels.packed import Packed
 from infopt.runtime.weights import Wanted, joined, require
@@ -57,15 +57,17 @@ def swap(model: nn.Module, threads: int, weights: Wanted, head: Wanted) -> list[
 
     Raises Unfit, before any was replaced, for layers that keep their weights in a way of their own.
     """
-    found = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
-    for _, module in found:
-        require(module)
+    found = [name for name, module in model.named_modules() if _is_linear(module)]
+    for name in found:
+        require(model.get_submodule(name))
     arena, products, made = Arena(), Products(threads), []
     last = getattr(model, "get_output_embeddings", lambda: None)()
-    for name, module in found:
+    for name in found:
+        module = model.get_submodule(name)
         packed = joined([module], head if module is last else weights).moved(arena.keep)
         model.set_submodule(name, KernelLinear(packed, products))
         made.append(packed)
+    give_back()
     return made
 
 

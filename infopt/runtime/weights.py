@@ -130,6 +130,13 @@ def layer_weight(layer: Any) -> torch.Tensor:
     return weight.detach()
 
 
+def release(layers: Iterable[nn.Module]) -> None:
+    """Gives back the memory of layers that are packed: a model is never held twice."""
+    for layer in layers:
+        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            tensor.data = tensor.data.new_empty(0)
+
+
 def _in_pairs(parts: list[torch.Tensor]) -> torch.Tensor:
     gate, up = parts if len(parts) == 2 else parts[0].chunk(2)
     return paired(gate, up)

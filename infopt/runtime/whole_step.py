@@ -14,16 +14,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from infopt.errors import InputError
 from infopt.kernels import library
-from infopt.kernels.arena import Arena
+from infopt.kernels.arena import Arena, give_back
 from infopt.kernels.library import CBatch, CLayer, CMatrix, CModel, Pointers
 from infopt.kernels.packed import Packed
 from infopt.runtime.decoder import Block, Decoder, Unfit, describe
 from infopt.runtime.pages import PAGE, Pages, Sequence
 from infopt.runtime.steps import Output, Run
-from infopt.runtime.weights import Wanted, joined
+from infopt.runtime.weights import Wanted, joined, release
 
 #: Tokens that go through the layers together at most: enough that weights are read from the cache, few enough to stay there.
 CHUNK = 128
@@ -33,7 +34,7 @@ NORMS = ("input_norm", "query_norm", "key_norm", "attention_out_norm", "feed_nor
 
 
 class WholeStep:
-    """`weights`: what floating-point weights become; `head`: the same for the output head, auto being int8 beside integers.
+    """Consumes the model's weights. `weights`: what floating-point weights become; `head`: the same for the output head, auto being int8 beside integers.
 
     `kv`: float32 or float16. Raises Unfit for a model that the kernels do not run, MissingNeedError without the library.
     """
@@ -51,6 +52,7 @@ class WholeStep:
         self._arena = Arena()
         self.packed: list[Packed] = []
         self._model = self._described(decoder, weights, head, kv)
+        give_back()
         self._start(ctypes.c_void_p(self._library.infopt_open(ctypes.byref(self._model), threads)), most_kv_bytes)
 
     def _start(self, engine: ctypes.c_void_p, most_kv_bytes: int) -> None:
@@ -195,8 +197,8 @@ class WholeStep:
             self._fill(to, block, names, weights)
         if head == "auto":
             head = "int8" if any(packed.scales is not None for packed in self.packed) else weights
-        table = self._table(decoder, head, weights)
-        out = table if decoder.is_tied else self._matrix(joined([decoder.head], head))
+        table = self._packed([decoder.embedding], head if decoder.is_tied else "auto")  # as it is, where it is no head
+        out = table if decoder.is_tied else self._packed([decoder.head], head)
         tables = [decoder.tables(name, decoder.context) for name in names]
         cos, sin = ((ctypes.c_void_p * len(names))(*(self._pointer(pair[side]) for pair in tables)) for side in (0, 1))
         self._kept += [layers, cos, sin, table, out]
@@ -208,27 +210,25 @@ class WholeStep:
         )  # fmt: skip
 
     def _fill(self, to: CLayer, block: Block, tables: list[str], weights: Wanted) -> None:
-        to.qkv = self._matrix(joined(block.qkv, weights))
-        to.output = self._matrix(joined([block.output], weights))
-        to.gate_up = self._matrix(joined(block.gate_up, weights, in_pairs=True))
-        to.down = self._matrix(joined([block.down], weights))
+        to.qkv = self._packed(block.qkv, weights)
+        to.output = self._packed([block.output], weights)
+        to.gate_up = self._packed(block.gate_up, weights, in_pairs=True)
+        to.down = self._packed([block.down], weights)
         for name in NORMS:
             setattr(to, name, self._pointer(getattr(block, name)))
         to.window, to.rotary = block.window, tables.index(block.rotary)
 
-    def _table(self, decoder: Decoder, head: Wanted, weights: Wanted) -> CMatrix:
-        """The embedding: packed as the head where they are tied, else as it is."""
-        return self._matrix(joined([decoder.embedding], head if decoder.is_tied else "auto"))
-
-    def _matrix(self, made: Packed) -> CMatrix:
-        packed = made.moved(self._arena.keep)
+    def _packed(self, layers: Several[nn.Module], wanted: Wanted, *, in_pairs: bool = False) -> CMatrix:
+        """Layers that read the same input, packed; their own weights are gone."""
+        packed = joined(layers, wanted, in_pairs=in_pairs).moved(self._arena.keep)
+        release(layers)
         self.packed.append(packed)
         return library.matrix(packed)
 
     def _pointer(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:
             return None
-        kept = tensor.detach().float().contiguous()
+        kept = tensor.detach().float().clone(memory_format=torch.contiguous_format)  # a view would keep the model's file mapped
         self._kept.append(kept)
         return kept.data_ptr()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,11 @@ def wanted(model: Any, ids: list[int]) -> torch.Tensor:
     return found
 
 
+def opened(model: Any, **settings: Any) -> WholeStep:
+    """Of a copy: a step consumes its model."""
+    return WholeStep(copy.deepcopy(model), **settings)
+
+
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.std())
 
@@ -41,7 +47,7 @@ def test_every_class_in_one_go_and_token_by_token(make: Make, name: str) -> None
     model = make(name)
     expected = wanted(model, IDS[:150])
     for kv, most in (("float32", 1e-4), ("float16", 1e-2)):
-        step = WholeStep(model, threads=2, kv=kv)
+        step = opened(model, threads=2, kv=kv)
         sequence = step.open()
         found = [logits(step, sequence, part) for part in (IDS[:70], IDS[70:75], *([token] for token in IDS[75:150]))]
         assert off(torch.cat(found), expected) < most
@@ -50,7 +56,7 @@ def test_every_class_in_one_go_and_token_by_token(make: Make, name: str) -> None
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_long_prompts_in_chunks_over_several_pages(make: Make, threads: int) -> None:
     model = make()
-    step = WholeStep(model, threads=threads, kv="float32")
+    step = opened(model, threads=threads, kv="float32")
     sequence = step.open()
     assert len(IDS) > 2 * CHUNK > 3 * PAGE
     found = step.run([Run(sequence, IDS)])
@@ -65,7 +71,7 @@ def test_long_prompts_in_chunks_over_several_pages(make: Make, threads: int) -> 
 
 def test_rows_of_unequal_length_do_not_see_each_other(make: Make) -> None:
     model = make("mistral, window")
-    step = WholeStep(model, threads=2, kv="float32")
+    step = opened(model, threads=2, kv="float32")
     texts = [IDS[:3], IDS[50:120], IDS[7:8], IDS[30:95]]
     sequences = [step.open() for _ in texts]
     step.run([Run(sequence, text[:-1] or text) for sequence, text in zip(sequences, texts, strict=True)])
@@ -78,7 +84,7 @@ def test_rows_of_unequal_length_do_not_see_each_other(make: Make) -> None:
 
 def test_a_fork_goes_its_own_way(make: Make) -> None:
     model = make()
-    step = WholeStep(model, threads=2, kv="float32")
+    step = opened(model, threads=2, kv="float32")
     first = step.open()
     logits(step, first, IDS[:100])
     second = step.fork(first)
@@ -93,7 +99,7 @@ def test_a_fork_goes_its_own_way(make: Make) -> None:
 
 def test_a_fork_that_was_cut_into_a_shared_page_writes_to_a_page_of_its_own(make: Make) -> None:
     model = make()
-    step = WholeStep(model, threads=2, kv="float32")
+    step = opened(model, threads=2, kv="float32")
     first = step.open()
     logits(step, first, IDS[:130])
     second = step.fork(first)
@@ -104,7 +110,7 @@ def test_a_fork_that_was_cut_into_a_shared_page_writes_to_a_page_of_its_own(make
 
 def test_what_was_cut_is_forgotten(make: Make) -> None:
     model = make()
-    step = WholeStep(model, threads=2, kv="float32")
+    step = opened(model, threads=2, kv="float32")
     sequence = step.open()
     logits(step, sequence, IDS[:90])
     step.cut(sequence, 60)
@@ -123,7 +129,7 @@ def test_pages_are_used_again(make: Make) -> None:
 @pytest.mark.parametrize(("kind", "most"), [("bfloat16", 0.05), ("int8", 0.15), ("int4", 1.5)])
 def test_packed_kinds_stay_near(make: Make, kind: Any, most: float) -> None:
     model = make("smollm")
-    step = WholeStep(model, threads=2, weights=kind)
+    step = opened(model, threads=2, weights=kind)
     found, expected = logits(step, step.open(), IDS[:40]), wanted(model, IDS[:40])
     assert 0 < float((found - expected).std() / expected.std()) < most
     assert step.weights_bytes < {"bfloat16": 0.55, "int8": 0.32, "int4": 0.25}[kind] * 4 * model.num_parameters()
@@ -141,13 +147,13 @@ def test_too_much_is_refused_before_anything_is_computed(make: Make) -> None:
 def test_a_nan_names_its_layer(make: Make) -> None:
     model = make()
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.nan
-    step = WholeStep(model, threads=2)
+    step = opened(model, threads=2)
     with pytest.raises(InputError, match="not finite; layer 1 is where"):
         step.run([Run(step.open(), IDS[:4])])
     model = make("llama, biases, own head")
     model.lm_head.weight.data[7] = torch.inf
     with pytest.raises(InputError, match="the output head"):
-        WholeStep(model, threads=2).run([Run(WholeStep(model, threads=2).open(), IDS[:4])])
+        opened(model, threads=2).run([Run(opened(model, threads=2).open(), IDS[:4])])
 
 
 @pytest.mark.parametrize("name", SHAPES)
