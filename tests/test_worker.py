@@ -74,8 +74,22 @@ def test_an_arm_is_opened_measured_and_finished(ask: Ask) -> None:
     assert taken["wall_s"] > 0
     (answer,) = ask("finish")
     assert answer["value"]["figures"]["host_rss_peak_bytes"]["value"] > 0
+    assert answer["value"]["figures"]["candidates_cost_ratio"]["reason"] == "the recipe draws 1 candidate"
     traffic = facts["traffic"]
-    assert (traffic["weights_bytes"], traffic["kv_element_bytes"], traffic["dtype"]) == (94528 * 4, 4, "float32")
+    assert (traffic["weights_bytes"], traffic["kv_element_bytes"], traffic["dtype"]) == (94208 * 4, 2, "float32"), "norms left out"
+    assert facts["engine"] == "native"
+    assert facts["notes"][0].startswith("native engine: whole steps, ")
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_candidates_are_weighed_against_one(ask: Ask, engine: str) -> None:
+    sets = ["sampling.temperature=1.0", "sampling.candidates=3", "sampling.choose=majority", f"engine.name={engine}"]
+    opened(ask, arms.spec("tiny", "baseline", sets).as_dict())
+    samples, _ = block(ask)
+    assert {sample["batch"] for sample in samples} == {3}
+    found = ask("finish")[-1]["value"]["figures"]["candidates_cost_ratio"]
+    assert (found["samples"], found["reason"]) == (SHAPE.requests, None)
+    assert found["value"] > 0
 
 
 def test_a_peak_measured_before_is_not_measured_again(ask: Ask) -> None:

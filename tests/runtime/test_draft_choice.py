@@ -1,0 +1,132 @@
+"""The draft that was fastest on the prompts at hand is taken, and the line that says so has both speed-ups."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from conftest_runtime import VOCABULARY, DoubleStep, tiny
+
+from infopt.engines.native import NativeEngine
+from infopt.errors import InputError
+from infopt.protocols import Request
+from infopt.runtime import draft_choice
+from infopt.runtime.drafts import Draft, ModelDraft, Wanted
+from infopt.runtime.loop import Ask, Loop
+from infopt.runtime.native_model import NativeModel, Settings, open_native
+from infopt.runtime.steps import Output, Run
+
+PROMPT = tuple((5 * i * i + 3) % VOCABULARY for i in range(20))
+
+
+class Clock:
+    """Moves with what a step computes: a second, and `each` for every further token."""
+
+    def __init__(self, inner: DoubleStep, each: float) -> None:
+        self.inner, self.each, self.time = inner, each, 0.0
+        self.name, self.vocabulary, self.context = inner.name, inner.vocabulary, inner.context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def run(self, runs: Sequence[Run], want_logits: bool = True) -> Output:
+        self.time += 1 + self.each * (sum(len(run.ids) for run in runs) - 1)
+        return self.inner.run(runs, want_logits)
+
+    def now(self) -> float:
+        return self.time
+
+
+class Known:
+    """Drafts what the model will say, or the wrong thing."""
+
+    is_free = True
+
+    def __init__(self, text: Sequence[int], wrong: int = 0) -> None:
+        self.text, self.wrong = list(text), wrong
+
+    def open(self) -> None: ...
+
+    def propose(self, wanted: Sequence[Wanted]) -> list[Draft]:
+        return [self._draft(len(each.ids), each.most) for each in wanted]
+
+    def _draft(self, length: int, most: int) -> Draft:
+        tokens = tuple((token + self.wrong) % VOCABULARY for token in self.text[length : length + most])
+        return Draft(tokens, (None,) * len(tokens))
+
+    def close(self, state: None) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def text(double: DoubleStep) -> list[int]:
+    return [*PROMPT, *Loop(double).run([Ask(PROMPT, 60)])[0].ids]
+
+
+def test_the_fastest_is_taken(double: DoubleStep, text: list[int]) -> None:
+    step = Clock(double, each=0.05)
+    best, said = draft_choice.choose(step, {"wrong": Known(text, wrong=1), "right": Known(text)}, 6, [Ask(PROMPT, 60)], step.now)
+    assert isinstance(best.drafter, Known)
+    assert best.drafter.wrong == 0
+    found = re.match(
+        r"draft right: the fastest on 1 of the prompts: .*right (\S+)× plain decoding \(predicted (\S+)×; (\S+) tokens", said
+    )
+    assert found, said
+    measured, predicted, tokens = map(float, found.groups())
+    assert 3 < measured < tokens <= 7
+    assert predicted == pytest.approx(measured, rel=0.15), "seconds of steps explain the speed-up"
+    assert best.length.choose(0) > 3, "what was learnt is kept"
+
+
+def test_none_is_taken_where_none_pays(double: DoubleStep, text: list[int]) -> None:
+    step = Clock(double, each=0.05)
+    best, said = draft_choice.choose(step, {"wrong": Known(text, wrong=1)}, 6, [Ask(PROMPT, 40)], step.now)
+    assert best.drafter is None
+    assert said.startswith("no draft: on 1 of the prompts none was faster: wrong 0.")
+
+
+def test_a_dear_draft_is_not_taken_however_right(double: DoubleStep) -> None:
+    """The model itself as draft: every token right, and each costs what it saves."""
+    step = Clock(double, each=0.05)
+    best, _ = draft_choice.choose(step, {"itself": ModelDraft(step)}, 6, [Ask(PROMPT, 40)], step.now)
+    assert best.drafter is None
+
+
+@pytest.fixture
+def opened() -> Callable[..., NativeModel]:
+    return lambda: open_native(tiny(), Settings(2, "float32", "float32", "float32"))
+
+
+@pytest.mark.parametrize("draft", ["self", "auto", "other"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_text_stays_that_of_plain_decoding(opened: Callable[..., NativeModel], draft: str, batch: int) -> None:
+    requests = [Request(str(row), tuple((7 * i + row) % VOCABULARY for i in range(9 + row)), 24) for row in range(batch)]
+    wanted = NativeEngine(opened()).generate(requests).output_ids
+    model = opened()
+    model.drafts["other"] = open_native(tiny(num_hidden_layers=1), Settings(2)).step
+    engine = NativeEngine(model, draft=draft, among=("prompt_lookup", "self", "other"), draft_layers=1)
+    for _ in range(2):  # auto chooses in the first call
+        found = engine.generate(requests)
+        assert found.output_ids == wanted
+    assert (len(engine.notes) == 1) == (draft == "auto")
+    if draft != "auto":
+        assert found.accepted_at
+        assert found.accepted_at[0][0] >= found.accepted_at[0][1]
+        assert found.accepted == sum(kept for _, kept in found.accepted_at)
+
+
+def test_early_layers_share_weights_and_threads(opened: Callable[..., NativeModel]) -> None:
+    step = opened().step
+    early = step.first_layers(1)  # type: ignore[union-attr]
+    assert early.layers == 1
+    assert early.read_bytes < step.read_bytes
+    for count in (0, 3, 99):
+        with pytest.raises(InputError, match=f"{count} early layers; allowed: 1 … 2"):
+            step.first_layers(count)  # type: ignore[union-attr]
+
+
+def test_swapped_layers_have_no_early_part() -> None:
+    model = open_native(tiny(), Settings(2, "float32", "float32", "float32", "swapped"))
+    with pytest.raises(InputError, match="draft: self needs whole steps"):
+        NativeEngine(model, draft="self")
