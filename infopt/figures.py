@@ -60,6 +60,7 @@ FIGURES: dict[str, Figure] = {
         _single("throughput_tok_per_s", "tok/s", "higher", "time", "output tokens ÷ wall time of the measured window"),
         _single("goodput_req_per_s", "req/s", "higher", "time", "requests meeting all objectives ÷ window"),
         _single("goodput_share", "share", "higher", "time", "requests meeting all objectives ÷ all requests, errors included"),
+        _single("candidates_cost_ratio", "ratio", "lower", "time", "seconds of a request with all candidates ÷ with 1"),
         _single("acceptance", "share", "higher", "time", "accepted ÷ drafted tokens of speculative decoding"),
         _single("load_s", "s", "lower", "time", "reading and placing the weights, libraries imported before"),
         _single("first_run_s", "s", "lower", "time", "first request after load, kept apart from steady state"),

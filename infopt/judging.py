@@ -23,7 +23,7 @@ INFORMING = (
 #: What the reference scores against itself.
 OF_ITSELF = {"top1_agreement": 1.0, "behaviour.same_share": 1.0}
 TAILS = ("p90", "p95", "p99")
-ONCE = ("load_s", "first_run_s", "optimize_s")
+ONCE = ("load_s", "first_run_s", "optimize_s", "candidates_cost_ratio")
 #: Figures that every block has its own value of.
 PER_BLOCK = tuple(key for key in figures.all_keys() if figures.find(key)[0].kind in ("time", "energy") and key not in ONCE)
 
