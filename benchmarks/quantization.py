@@ -4,7 +4,8 @@
 
 Every arm is made by `infopt optimize` (or taken from the cache), opened as its users open it, and scored against the
 unquantized model on the same windows of the bundled evaluation text. A share is 1 − mean KLD of the candidate ÷ mean KLD
-of the baseline; its interval resamples windows, both arms together, since a hard window is hard for both.
+of the baseline; its interval resamples windows, both arms together, since a hard window is hard for both. What FOLDER
+holds of other arms, by the same versions on the same windows, is kept, so that the table can be made in parts.
 """
 
 from __future__ import annotations
@@ -243,6 +244,15 @@ def absolute(scores: dict[str, Scored]) -> list[dict[str, Any]]:
     return bars
 
 
+def earlier(out: Path | None, facts: dict[str, Any]) -> dict[str, Scored]:
+    """Arms that an earlier run left in `out`; none where its model, windows, calibration or versions were others."""
+    path = out / "quantization.json" if out else None
+    document = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    if any(document.get(name) != value for name, value in facts.items()):
+        return {}
+    return {name: Scored(**arm) for name, arm in document["arms"].items() if name in ARMS}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
@@ -250,7 +260,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=ARMS, default=ARMS)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    bench, scores = Bench(asked.model, asked.windows), {}
+    bench = Bench(asked.model, asked.windows)
+    facts = {
+        "model": asked.model, "windows": len(bench.windows), "tokens": TOKENS, "calibration": CALIBRATION,
+        "versions": pipeline.versions(), "python": platform.python_version(),
+    }  # fmt: skip
+    scores = earlier(asked.out, facts)
     for name in asked.only:
         try:
             scores[name] = found = bench.score(name)
@@ -262,6 +277,7 @@ def main() -> int:
             f"[{found.ppl_ratio_low or 0:.4f}, {found.ppl_ratio_high or 0:.4f}]  top-1 {found.top1_agreement:.1%}  "
             f"{units.size(found.weights_bytes)}  {found.seconds:.0f} s  peak {units.size(found.peak_bytes)}"
         )
+    scores = {name: scores[name] for name in ARMS if name in scores}
     rows = shares(scores)
     bars = [*judged(rows), *absolute(scores)]
     for row in rows:
@@ -271,10 +287,7 @@ def main() -> int:
     if asked.out:
         asked.out.mkdir(parents=True, exist_ok=True)
         document = {
-            "model": asked.model, "windows": len(bench.windows), "tokens": TOKENS, "calibration": CALIBRATION,
-            "versions": pipeline.versions(), "python": platform.python_version(),
-            "arms": {name: asdict(found) for name, found in scores.items()}, "shares": rows,
-            "bars": bars,
+            **facts, "arms": {name: asdict(found) for name, found in scores.items()}, "shares": rows, "bars": bars,
         }  # fmt: skip
         (asked.out / "quantization.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         (asked.out / "quantization.md").write_text(markdown(document), encoding="utf-8")
