@@ -154,14 +154,14 @@ def test_bytes_are_those_of_the_files(live: Live) -> None:
     file = artifact / "model.safetensors"
     assert int8 == file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
     longest = PROMPT + NEW
-    assert live.run("tiny").figures["kv_bytes"].value == longest * 2 * 2 * 2 * 16 * 4
+    assert live.run("tiny").figures["kv_bytes"].value == longest * 2 * 2 * 2 * 16 * 2, "float16 in the native engine"
 
 
 def test_the_runs_tell_what_they_were(live: Live) -> None:
     tiny, int8 = live.run("tiny"), live.run("int8-own")
     assert tiny.arm.reference == "tiny, random weights, seed 0"
     assert int8.arm.reference == "tiny, random weights, seed 0, optimized by int8-own"
-    assert (tiny.arm.dtype, tiny.arm.device, tiny.arm.engine) == ("float32", "cpu", "transformers")
+    assert (tiny.arm.dtype, tiny.arm.device, tiny.arm.engine) == ("float32", "cpu", "native")
     assert tiny.environment["threads"] == 1
     assert tiny.environment["fingerprint"] == int8.environment["fingerprint"]
     assert tiny.settings["options"]["threads"] == 1
@@ -181,8 +181,8 @@ def test_gates_reach_their_verdicts(live: Live) -> None:
     assert [each.figure for each in live.document.judgements["int8-own"] if each.gate] == [
         "weights_bytes", "ppl_ratio", "tpot_s.p50",
     ]  # fmt: skip
-    expected = {Verdict.FAIL: Exit.GATE_FAILED}.get(timed.verdict, Exit.OK)
-    assert live.document.exit_code == expected
+    gated = [each.verdict for found in live.document.judgements.values() for each in found if each.gate]
+    assert live.document.exit_code == (Exit.GATE_FAILED if Verdict.FAIL in gated else Exit.OK)
     assert live.document.pairs == PAIRS
     assert live.document.baseline == "tiny"
 
@@ -191,7 +191,7 @@ def test_the_self_test_is_the_baseline_against_itself(live: Live) -> None:
     assert {each.figure for each in live.document.self_test} >= {"tpot_s.p50", "ttft_s.p50"}
     assert all(each.gate is None for each in live.document.self_test)
     noise = live.run("tiny").noise
-    assert 0 < noise["tpot_s.p50"] < 1
+    assert 0 < noise["tpot_s.p50"] < 5
     assert "tiny (A/A)" not in [arm.label for arm in live.document.arms]
 
 

@@ -395,7 +395,8 @@ def test_a_bench_is_a_complete_run(tmp_path: Path, scripted: Counter[str]) -> No
 
 
 def test_a_bench_of_the_model_itself_has_no_quality_to_judge(tmp_path: Path) -> None:
-    run, _ = run_bench("fast", tmp_path, Settings())
+    spec = arms.spec("fast", "baseline")
+    run, _ = bench(spec, WorkloadSpec(), LoadOptions(), Settings(), blocks=2, results=tmp_path)
     assert run.quality == {}
     spec = arms.spec("fast", "prompt_lookup")
     run, _ = bench(spec, WorkloadSpec(), LoadOptions(), Settings(), blocks=2, results=tmp_path)

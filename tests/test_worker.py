@@ -76,7 +76,9 @@ def test_an_arm_is_opened_measured_and_finished(ask: Ask) -> None:
     assert answer["value"]["figures"]["host_rss_peak_bytes"]["value"] > 0
     assert answer["value"]["figures"]["candidates_cost_ratio"]["reason"] == "the recipe draws 1 candidate"
     traffic = facts["traffic"]
-    assert (traffic["weights_bytes"], traffic["kv_element_bytes"], traffic["dtype"]) == (94208 * 4, 2, "float32"), "norms left out"
+    assert (traffic["weights_bytes"], traffic["kv_element_bytes"], traffic["dtype"]) == (94208 * 4, 2, "float32"), (
+        "norms left out"
+    )
     assert facts["engine"] == "native"
     assert facts["notes"][0].startswith("native engine: whole steps, ")
 
@@ -265,18 +267,22 @@ def test_a_workload_that_does_not_fit_the_context_is_refused(ask: Ask) -> None:
         assert (found["kind"], "context" in found["message"]) == ("InputError", True)
 
 
+STOCK_LOOKUP = arms.spec("tiny", "prompt_lookup", ["engine.name=transformers"]).as_dict()
+
+
 def test_the_shapes_of_a_sweep_are_checked_before_the_first_is_measured(ask: Ask) -> None:
     def check(model: dict[str, Any], *shapes: WorkloadSpec) -> list[dict[str, Any]]:
         return ask("check", arm=model, options=OPTIONS, workloads=[asdict(shape) for shape in shapes])
 
     assert check(arm("tiny"), SHAPE, replace(SHAPE, batch=4))[-1]["event"] == "answer"
     assert "context" in error(check(arm("tiny"), SHAPE, replace(SHAPE, prompt_tokens=100_000)))["message"]
-    assert error(check(arm("tiny", "prompt_lookup"), SHAPE, replace(SHAPE, batch=4)))["hint"] == "use batch 1"
+    assert check(arm("tiny", "prompt_lookup"), SHAPE, replace(SHAPE, batch=4))[-1]["event"] == "answer"
+    assert error(check(STOCK_LOOKUP, SHAPE, replace(SHAPE, batch=4)))["hint"] == "use batch 1"
 
 
 def test_a_batch_that_speculation_cannot_run_is_refused_when_the_arm_opens(ask: Ask) -> None:
     shape = WorkloadSpec(prompt_tokens=8, new_tokens=2, batch=4)
-    found = error(ask("open", arm=arm("tiny", "prompt_lookup"), options=OPTIONS, workload=asdict(shape), machine=MACHINE))
+    found = error(ask("open", arm=STOCK_LOOKUP, options=OPTIONS, workload=asdict(shape), machine=MACHINE))
     assert found["kind"] == "InputError"
     assert found["hint"] == "use batch 1"
 

@@ -26,6 +26,14 @@ class CMatrix(Structure):
     )
 
 
+class CSource(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("kind", "rows", "inner")),
+        ("stride", c_int64),
+        ("data", c_void_p),
+    )
+
+
 class CLayer(Structure):
     _fields_ = (
         *((name, CMatrix) for name in ("qkv", "output", "gate_up", "down")),
@@ -80,6 +88,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "infopt_open_beside": (c_void_p, (POINTER(CModel), c_void_p)),
     "infopt_close": (None, (c_void_p,)),
     "infopt_step": (None, (c_void_p, POINTER(CBatch))),
+    "infopt_pack": (None, (POINTER(CMatrix), POINTER(CSource), c_int32, c_int32, c_int32)),
     "infopt_multiply": (None, (c_void_p, POINTER(CMatrix), c_void_p, c_int32, c_void_p)),
     "infopt_read_seconds": (c_double, (c_void_p, c_void_p, c_int64)),
 }

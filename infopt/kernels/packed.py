@@ -119,13 +119,18 @@ def pack_integers(
     else:
         eights = stored.reshape(-1, LANES, stored.shape[1] // 8, 2, 4)
         weights = (eights[..., 0, :] | eights[..., 1, :] << 4).transpose(1, 2).contiguous()
+    return Packed("int8" if bits == 8 else "int4", rows, inner, weights, group, *lay_out_grid(scales, zeros, bits))
+
+
+def lay_out_grid(scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zeros [rows, groups] as they lie beside the weights; bfloat16 where that holds the scales."""
     fits = bool((scales.bfloat16().float() == scales.float()).all())
     dtype = torch.bfloat16 if fits else torch.float32
-    laid_out = [
-        None if part is None else pad(part.to(dtype), 1).reshape(-1, LANES, groups).transpose(1, 2).contiguous()
-        for part in (scales, None if zeros is None else zeros + offset)
-    ]
-    return Packed("int8" if bits == 8 else "int4", rows, inner, weights, group, laid_out[0], laid_out[1])
+
+    def laid_out(part: torch.Tensor) -> torch.Tensor:
+        return pad(part.to(dtype), 1).reshape(-1, LANES, part.shape[1]).transpose(1, 2).contiguous()
+
+    return laid_out(scales), None if zeros is None else laid_out(zeros + (128 if bits == 8 else 8))
 
 
 def pad_with(integers: torch.Tensor, offset: int) -> torch.Tensor:

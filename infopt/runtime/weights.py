@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from infopt.kernels import packing
 from infopt.kernels.packed import GROUP, Kind, Packed, pack, pack_integers, paired
-from infopt.layers import packing
+from infopt.layers.packing import unpacked
 from infopt.runtime.decoder import Unfit
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,16 +39,24 @@ def joined(modules: Iterable[nn.Module], wanted: Wanted, *, in_pairs: bool = Fal
     Integers stay what they are. Floating-point weights become what is `wanted`; auto is their own type.
     """
     layers, put = list(modules), _in_pairs if in_pairs else torch.cat
+
+    def halves(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        return list(parts[0].chunk(2)) if in_pairs and len(parts) == 1 else parts
+
     stored = [integers(layer) for layer in layers]
     known = [each for each in stored if each is not None]
     if len(known) == len(layers) and len({each.grid for each in known}) == 1 and _fits(known[0]):
         first = known[0]
         zeros = None if first.zeros is None else put([each.zeros for each in known if each.zeros is not None])
-        q, scales = put([each.q for each in known]), put([each.scales for each in known])
-        packed = pack_integers(q, scales, zeros, first.bits, first.group)
+        q, scales = halves([each.q for each in known]), put([each.scales for each in known])
+        if packing.takes(q):
+            packed = packing.pack_integers(q, scales, zeros, first.bits, first.group, in_pairs=in_pairs)
+        else:
+            packed = pack_integers(put(q), scales, zeros, first.bits, first.group)
     else:
-        weights = [layer_weight(layer) for layer in layers]
-        packed = pack(put(weights), kind_of(weights[0], wanted), GROUP)
+        weights = halves([layer_weight(layer) for layer in layers])
+        kind = kind_of(weights[0], wanted)
+        packed = packing.pack(weights, kind, in_pairs=in_pairs) if packing.takes(weights) else pack(put(weights), kind, GROUP)
     if all(getattr(layer, "bias", None) is None for layer in layers):
         return packed
     return packed.with_bias(put([_bias(layer) for layer in layers])[:, 0])
@@ -123,7 +132,7 @@ def layer_weight(layer: Any) -> torch.Tensor:
         q = stored.q.float() - (0 if stored.zeros is None else stored.zeros.float().repeat_interleave(spread, 1))
         return q * stored.scales.float().repeat_interleave(spread, 1)
     if getattr(layer, "quantization_scheme", None) is not None:
-        return packing.unpacked(layer, torch.float32).weight.detach()
+        return unpacked(layer, torch.float32).weight.detach()
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dtype not in FLOATING or weight.dim() != 2:
         raise Unfit(f"its layers are {type(layer).__name__}")

@@ -1,5 +1,6 @@
 // The library's C interface. One library is built for each instruction set, and Python loads the one that fits: no code of
 // another one can be reached by accident.
+#include "pack.h"
 #include "step.h"
 
 using namespace INFOPT_ISA;
@@ -20,6 +21,9 @@ Engine* infopt_open(const Model* model, int32_t threads) { return new Engine(*mo
 Engine* infopt_open_beside(const Model* model, Engine* other) { return new Engine(*model, other->step.threads()); }
 void infopt_close(Engine* engine) { delete engine; }
 void infopt_step(Engine* engine, Batch* batch) { engine->step.run(*batch); }
+void infopt_pack(const Matrix* to, const Source* from, int32_t first_block, int32_t every, int32_t threads) {
+    pack_source(*to, *from, first_block, every, threads);
+}
 void infopt_multiply(Engine* engine, const Matrix* w, const float* x, int32_t tokens, float* y) {
     engine->step.multiply(*w, x, tokens, y);
 }

@@ -6,6 +6,7 @@
 extern "C" {
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
+enum SourceKind { SOURCE_FLOAT32 = 0, SOURCE_BFLOAT16 = 1, SOURCE_FLOAT16 = 2, SOURCE_INT8 = 3 };
 enum Activation { SILU = 0, GELU_TANH = 1 };
 
 // Weights [rows, inner] in blocks of 16 rows: `infopt/kernels/packing.py` says how they lie. Both are padded with zeros, rows
@@ -17,6 +18,13 @@ struct Matrix {
     const void* zeros;   // as scales: what is subtracted from the stored integers; null when symmetric
     const float* bias;   // [rows padded] or null
     int32_t scales_are_float32;
+};
+
+// Weights as a module holds them: row after row, `stride` elements apart. Integers are q, signed.
+struct Source {
+    int32_t kind, rows, inner;
+    int64_t stride;
+    const void* data;
 };
 
 struct Layer {
@@ -66,6 +74,9 @@ Engine* infopt_open(const Model* model, int32_t threads);
 Engine* infopt_open_beside(const Model* model, Engine* other);
 void infopt_close(Engine* engine);
 void infopt_step(Engine* engine, Batch* batch);
+// Fills blocks of `to` (weights, and scales where they are rounded here) from a source: its first 16 rows become block
+// `first_block`, the next ones the block `every` further on.
+void infopt_pack(const Matrix* to, const Source* from, int32_t first_block, int32_t every, int32_t threads);
 // y [tokens, rows padded to 16] = x [tokens, inner]·Wᵀ + bias, for tests and for linear layers by themselves
 void infopt_multiply(Engine* engine, const Matrix* w, const float* x, int32_t tokens, float* y);
 double infopt_read_seconds(Engine* engine, const void* data, int64_t bytes);
