@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from conftest_runtime import VOCABULARY, tiny
 
+from infopt import arms, pipeline
 from infopt.engines import find
 from infopt.engines.native import NativeEngine
 from infopt.engines.transformers import TransformersEngine
 from infopt.errors import InputError
+from infopt.model.bundle import Bundle
 from infopt.protocols import Request, Sampling
 from infopt.runtime.native_model import NativeModel, Settings, open_native
 
@@ -96,6 +99,18 @@ def test_log_probabilities_cost_nothing_where_nobody_asked(opened: Callable[...,
 def test_settings_that_do_not_go_together(opened: Callable[..., NativeModel], settings: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         NativeEngine(opened(), **settings)
+
+
+def test_stock_generate_in_its_place_chooses_by_no_log_probabilities(tiny_bundle: Bundle) -> None:
+    bundle = replace(tiny_bundle, notes=("stock generate of transformers; the native engine does not fit: a reason",))
+    for choose in ("mean_logprob", "majority"):
+        sets = ["sampling.temperature=1.0", "sampling.candidates=2", f"sampling.choose={choose}"]
+        chosen = arms.spec("tiny", "native_exact", sets).recipe
+        if choose == "majority":
+            assert pipeline.engine(bundle, chosen).name == "transformers"
+            continue
+        with pytest.raises(InputError, match=r"found mean_logprob, but this is stock generate .* a reason; allowed: majority"):
+            pipeline.engine(bundle, chosen)
 
 
 def test_no_requests(opened: Callable[..., NativeModel]) -> None:
