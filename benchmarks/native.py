@@ -1,10 +1,10 @@
-"""How fast is the native engine, beside stock transformers and llama.cpp, and how near to what memory allows?
+"""How fast is the native engine, beside stock transformers, llama.cpp and vLLM, and how near to what memory allows?
 
-    python benchmarks/native.py [--rounds 5] [--out FOLDER] [--skip-llama]
+    python benchmarks/native.py [--rounds 5] [--out FOLDER] [--skip llama vllm]
 
-All arms take turns in one process, round after round, on the same text: 128 tokens in, 128 out, greedy. Before each native
-arm the machine reads the same packed weights once: the limit of a step is those bytes, and its keys and values, over that
-rate. Ratios are medians over rounds of one round's two figures, with the smallest and the largest.
+All arms take turns in one process, round after round, on the same text: 128 tokens in, 128 out, greedy. Beside each native
+arm the machine reads the same packed weights: the limit of a step is those bytes, and its keys and values, over that rate.
+Ratios are medians over rounds of one round's two figures, with the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -14,38 +14,39 @@ import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import interop_llama
 import torch
+from native_arms import Llama, Vllm, fill, native_decode, seconds, stock_batch, stock_decode, stock_prefill, verify
 
-from infopt import __version__
+from infopt import __version__, optimize, pipeline, recipe, techniques
+from infopt.arms import ArmSpec
 from infopt.data import texts
 from infopt.engines.transformers import TransformersEngine
-from infopt.export import export
 from infopt.kernels import library
-from infopt.model import load, reference
-from infopt.model.cache import cache_dir
+from infopt.measure import environment
+from infopt.model import demo, load, reference
 from infopt.model.plan import LoadPlan
-from infopt.protocols import Request, Sampling
+from infopt.protocols import Sampling
+from infopt.quality import fidelity
+from infopt.runtime import draft_choice
 from infopt.runtime.draft_length import DraftLength
-from infopt.runtime.drafts import PromptLookup
+from infopt.runtime.drafts import Drafter, ModelDraft, PromptLookup
 from infopt.runtime.loop import Ask, Loop
 from infopt.runtime.native_model import NativeModel, Settings, open_native
-from infopt.runtime.steps import Run
 from infopt.settings import LoadOptions
 
+HERE = Path(__file__).parent
 THREADS = 2
-PROMPT, NEW, BATCH = 128, 128, 8
+PROMPT, NEW, BATCH, LONG = 128, 128, 8, 4096
 #: Reads of the weights beside a measurement: one alone meets sleeping threads.
 READS = 5
 KINDS = ("bfloat16", "int8", "int4")
 GGUF = ("f16", "q8_0", "q4_0", "q4_1")
+WINDOWS, WINDOW = 8, 256
 #: (what, arm, arm it is held against, ratio of tokens per second that is wanted)
 RATIOS = [
     ("bf16 weights against stock fp32", "bfloat16", "stock fp32", 6.0),
@@ -57,50 +58,41 @@ RATIOS = [
     ("int4 against llama.cpp Q4_1", "int4", "llama.cpp q4_1", 1.7),
     ("swapped int8 against stock fp32", "swapped int8", "stock fp32", 3.0),
     ("batch 8, int8, against stock bf16", "batch 8, int8", "batch 8, stock bf16", 3.0),
+    ("batch 8, int8, against vLLM bf16", "batch 8, int8", "batch 8, vLLM bf16", 1.2),
     ("prefill 512, int8, against llama.cpp's best", "prefill 512, int8", "prefill 512, llama.cpp", 2.0),
     ("prefill 512, int8, against stock bf16", "prefill 512, int8", "prefill 512, stock bf16", 1.3),
+    ("int8 beside a busy process, against alone", "int8, a core busy", "int8", 0.4),
+    ("int8 on 2 threads against 1", "int8", "int8, 1 thread", 1.0),
 ]
-SHARES = [("bfloat16", 0.85), ("int8", 0.80), ("int4", 0.80), ("4,096 tokens, int8", 0.60)]
-
-
-class Llama:
-    """A GGUF file in llama.cpp, in a process of its own that waits between requests."""
-
-    def __init__(self, kind: str) -> None:
-        path = cache_dir() / "benchmarks" / f"demo-{kind}.gguf"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            export("demo", "gguf", kind, path, LoadOptions(device="cpu"))
-        self.process = subprocess.Popen(
-            [str(interop_llama.client()), str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def time(self, ids: list[int], count: int) -> tuple[float, float]:
-        """Seconds for the prompt, and for `count` tokens."""
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(f"time {count} {' '.join(map(str, ids))}\n")
-        self.process.stdin.flush()
-        first, rest = map(float, self.process.stdout.readline().split())
-        return first, rest
+SHARES = [("bfloat16", 0.85), ("int8", 0.80), ("int4", 0.80), (f"{LONG} tokens, int8", 0.60)]
+#: What is copied: code that the continuation repeats with small changes.
+CODE = tuple(
+    (f"def {name}_of_square({side}):\n    if {side} < 0:\n        raise ValueError('negative')\n    return {side} * {side}\n\n\n")
+    * 4
+    for name, side in (("area", "side"), ("size", "width"), ("product", "length"))
+)
 
 
 class Bench:
-    def __init__(self, with_llama: bool) -> None:
+    def __init__(self, skip: set[str]) -> None:
         torch.set_num_threads(THREADS)
         plan = LoadPlan(dtype="float32", device="cpu")
         bundle = load.load(reference.parse("demo"), plan)
         self.ids: list[int] = bundle.tokenizer(texts.read_text("bundled", "evaluation")[:60000], verbose=False)["input_ids"]
-        self.code: list[int] = bundle.tokenizer(CODE, verbose=False)["input_ids"]
+        self.code: list[list[int]] = [bundle.tokenizer(code, verbose=False)["input_ids"] for code in CODE]
         self.stock = {
             "fp32": TransformersEngine(bundle.model),
             "bf16": TransformersEngine(load.load(reference.parse("demo"), replace(plan, dtype="bfloat16")).model),
         }
         self.native = {kind: self._open(Settings(THREADS, weights=kind)) for kind in KINDS}  # type: ignore[arg-type]
+        self.single = self._open(Settings(1, weights="int8"))
         self.swapped = self._open(Settings(THREADS, weights="int8", head="int8", way="swapped"))
-        self.llama = {kind: Llama(kind) for kind in GGUF} if with_llama else {}
+        self.llama = {} if "llama" in skip else {kind: Llama(kind) for kind in GGUF}
+        self.vllm = Vllm(demo.fetch()) if "vllm" not in skip and Vllm.is_installed() else None
         self.samples: dict[str, list[float]] = {}
         self.limits: dict[str, list[float]] = {}
+        self.same: dict[str, list[int]] = {}
+        self.drafts: list[str] = []
 
     def _open(self, settings: Settings) -> NativeModel:
         return open_native(load.load(reference.parse("demo"), LoadPlan(dtype="float32", device="cpu")).model, settings)
@@ -112,128 +104,134 @@ class Bench:
         """Every arm once, on the next stretch of text."""
         start = (number * 997) % (len(self.ids) - 5000)
         prompt, long = self.ids[start : start + PROMPT], self.ids[start : start + 512]
-        for name, engine in self.stock.items():
-            self.note(f"stock {name}", _stock_decode(engine, prompt))
+        rows = [self.ids[start + row * 61 : start + row * 61 + PROMPT] for row in range(BATCH)]
+        per_s, expected = stock_decode(self.stock["fp32"], prompt, NEW)
+        self.note("stock fp32", per_s)
+        self.note("stock bf16", stock_decode(self.stock["bf16"], prompt, 32)[0])
         for kind, llama in self.llama.items():
             self.note(f"llama.cpp {kind}", NEW / llama.time(prompt, NEW)[1])
         for kind, model in self.native.items():
-            self._native(kind, model, prompt)
-        self.note("swapped int8", _native_decode(self.swapped.step, [prompt]))
-        self.note(f"batch {BATCH}, stock bf16", _stock_batch(self.stock["bf16"], prompt))
-        self.note(f"batch {BATCH}, int8", _native_decode(self.native["int8"].step, [prompt] * BATCH))
-        self.note("prefill 512, stock bf16", 512 / _stock_prefill(self.stock["bf16"], long))
+            self._native(kind, model, prompt, expected)
+        self.note("int8, 1 thread", native_decode(self.single.step, [prompt], NEW)[0])
+        self._busy(prompt)
+        self.note("swapped int8", native_decode(self.swapped.step, [prompt], NEW)[0])
+        self.note(f"batch {BATCH}, stock bf16", stock_batch(self.stock["bf16"], rows))
+        self.note(f"batch {BATCH}, int8", native_decode(self.native["int8"].step, rows, NEW)[0])
+        if self.vllm:
+            self.note(f"batch {BATCH}, vLLM bf16", self.vllm.decode(rows, 64))
+        self.note("prefill 512, stock bf16", 512 / stock_prefill(self.stock["bf16"], long))
         if self.llama:
             self.note("prefill 512, llama.cpp", 512 / min(llama.time(long, 1)[0] for llama in self.llama.values()))
-        self.note("prefill 512, int8", 512 / _seconds(lambda: _fill(self.native["int8"].step, long)))
-        self._longer(self.native["int8"].step, start)
-        self._drafts(start)
+        for kind, model in self.native.items():
+            self.note(f"prefill 512, {kind}", 512 / seconds(lambda step=model.step: fill(step, long)))  # type: ignore[misc]
+        self._longer(start)
+        self._lookup(start)
         self._candidates(long)
 
-    def _native(self, kind: str, model: NativeModel, prompt: list[int]) -> None:
+    def _native(self, kind: str, model: NativeModel, prompt: list[int], expected: tuple[int, ...]) -> None:
         step: Any = model.step
-        rate = max(step.read_bytes_per_s() for _ in range(READS))
-        per_s = _native_decode(step, [prompt])
+        rates = [step.read_bytes_per_s() for _ in range(READS)]
+        per_s, ids = native_decode(step, [prompt], NEW)
+        rate = max(*rates, *(step.read_bytes_per_s() for _ in range(READS)))
         self.note(kind, per_s)
         needed = step.read_bytes + step.kv_bytes(PROMPT + NEW / 2)
         self.limits.setdefault(kind, []).append(per_s * needed / rate)
+        self.note(f"memory read, GB/s, {kind}", rate / 1e9)
+        self.same.setdefault(kind, []).append(
+            next((i for i, (a, b) in enumerate(zip(ids, expected, strict=True)) if a != b), NEW)
+        )
         for count in (4, 8):
-            self.note(f"verify {count} over 1, {kind}", _verify(step, prompt, count))
+            self.note(f"verify {count} over 1, {kind}", verify(step, prompt, count))
 
-    def _longer(self, step: Any, start: int) -> None:
-        ids = (self.ids[start:] + self.ids)[:4096]
-        rate = max(step.read_bytes_per_s() for _ in range(READS))
-        per_s = _native_decode(step, [ids], new=48)
-        self.note("4,096 tokens, int8", per_s)
-        self.limits.setdefault("4,096 tokens, int8", []).append(per_s * (step.read_bytes + step.kv_bytes(4096 + 24)) / rate)
+    def _busy(self, prompt: list[int]) -> None:
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+            self.note("int8, a core busy", native_decode(self.native["int8"].step, [prompt], NEW)[0])
+            other.kill()
 
-    def _drafts(self, start: int) -> None:
-        """Prompt lookup over plain decoding: on code that is to be repeated, and on prose."""
+    def _longer(self, start: int) -> None:
         step: Any = self.native["int8"].step
-        for name, prompt in (("code", self.code), ("prose", self.ids[start : start + PROMPT])):
-            asks = [Ask(tuple(prompt), NEW)]
-            steps: list[int] = []
-            plain = _seconds(partial(Loop(step).run, asks))
-            listen = lambda told, _, to=steps: to.append(told.tokens[0])  # noqa: E731
-            drafted = _seconds(partial(Loop(step, PromptLookup(), DraftLength(12)).run, asks, listen))
-            self.note(f"prompt lookup over plain, {name}", plain / drafted)
-            self.note(f"tokens per step, {name}", NEW / len(steps))
+        ids = (self.ids[start:] + self.ids)[:LONG]
+        rate = max(step.read_bytes_per_s() for _ in range(READS))
+        per_s, _ = native_decode(step, [ids], 48)
+        self.note(f"{LONG} tokens, int8", per_s)
+        needed = step.read_bytes + step.kv_bytes(LONG + 24)
+        self.limits.setdefault(f"{LONG} tokens, int8", []).append(per_s * needed / rate)
+
+    def _lookup(self, start: int) -> None:
+        """Prompt lookup over plain decoding, twice each in turns: on code that is to be repeated, and on prose."""
+        step: Any = self.native["int8"].step
+        for name, prompts in (("code", self.code), ("prose", [self.ids[start : start + PROMPT]])):
+            length, steps, taken = DraftLength(12), 0, [0.0, 0.0]
+            for prompt in (*prompts, *prompts):
+                for way, loop in enumerate((Loop(step), Loop(step, PromptLookup(), length))):
+                    times: list[float] = []
+                    loop.run([Ask(tuple(prompt), NEW)], lambda told, _, to=times: to.append(told.seconds))  # type: ignore[misc]
+                    taken[way] += times[-1] - times[0]
+                steps += len(times) - 1
+            self.note(f"prompt lookup over plain, {name}", taken[0] / taken[1])
+            self.note(f"tokens per step, {name}", 2 * len(prompts) * (NEW - 1) / steps)
 
     def _candidates(self, prompt: list[int]) -> None:
         step: Any = self.native["int8"].step
-        one = _seconds(lambda: Loop(step).run([Ask(tuple(prompt), NEW, Sampling(0.8))]))
-        many = _seconds(lambda: Loop(step).run([Ask(tuple(prompt), NEW, Sampling(0.8, candidates=8))]))
+        one = seconds(lambda: Loop(step).run([Ask(tuple(prompt), NEW, Sampling(0.8))]))
+        many = seconds(lambda: Loop(step).run([Ask(tuple(prompt), NEW, Sampling(0.8, candidates=8))]))
         self.note("8 candidates over 1, int8", many / one)
 
+    def trial(self) -> None:
+        """What `draft: auto` would say of each prompt, predicted and measured."""
+        step: Any = self.native["int8"].step
+        for name, prompt in (("code", self.code[0]), ("prose", self.ids[2000 : 2000 + PROMPT])):
+            drafters: dict[str, Drafter] = {
+                "prompt_lookup": PromptLookup(),
+                "self": ModelDraft(step.first_layers(step.layers // 4)),
+            }
+            self.drafts.append(f"{name}: {draft_choice.choose(step, drafters, 12, [Ask(tuple(prompt), NEW)])[1]}")
 
-#: What is copied: a function that the continuation repeats with small changes.
-CODE = ("def area_of_square(side):\n    if side < 0:\n        raise ValueError('negative')\n    return side * side\n\n\n") * 4
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _stock_decode(engine: TransformersEngine, prompt: list[int]) -> float:
-    trace = engine.generate([Request("0", tuple(prompt), 32)])
-    return (len(trace.emission_s) - 1) / (trace.emission_s[-1] - trace.emission_s[0])
-
-
-def _stock_batch(engine: TransformersEngine, prompt: list[int]) -> float:
-    trace = engine.generate([Request(str(row), tuple(prompt), 16) for row in range(BATCH)])
-    return BATCH * (len(trace.emission_s) - 1) / (trace.emission_s[-1] - trace.emission_s[0])
-
-
-def _stock_prefill(engine: TransformersEngine, prompt: list[int]) -> float:
-    return engine.generate([Request("0", tuple(prompt), 1)]).emission_s[0]
-
-
-def _native_decode(step: Any, prompts: list[list[int]], new: int = NEW) -> float:
-    """Tokens per second of all rows together, the first of each left out."""
-    times: list[float] = []
-    Loop(step).run([Ask(tuple(prompt), new) for prompt in prompts], lambda told, _: times.append(told.seconds))
-    return len(prompts) * (len(times) - 1) / (times[-1] - times[0])
+    def fidelity(self) -> dict[str, dict[str, float | None]]:
+        """KLD and perplexity ratio of each against stock float32; int4 calibrated, since the model was on a 4-bit grid itself."""
+        windows = texts.windows(self.ids, WINDOW, WINDOWS)
+        models: dict[str, Any] = {**self.native, "int4, gptq": _calibrated(), "swapped int8": self.swapped}
+        stock, found = self.stock["fp32"].model, {}
+        for name, model in models.items():
+            if name == "int4":
+                continue
+            seen = fidelity.compare_models(
+                lambda ids: stock(input_ids=ids, use_cache=False).logits,
+                lambda ids, model=model: model(input_ids=ids).logits, windows,  # type: ignore[misc]
+            )  # fmt: skip
+            kld, ratio = seen.kld_mean, seen.ppl_ratio
+            found[name] = {"kld": kld.estimate if kld else None, "ppl_ratio": ratio.estimate if ratio else None}
+        return found
 
 
-def _fill(step: Any, prompt: list[int]) -> None:
-    sequence = step.open()
-    step.run([Run(sequence, prompt)], want_logits=False)
-    step.close(sequence)
+def _calibrated() -> Any:
+    options, chosen = LoadOptions(device="cpu"), recipe.load("gptq_int4", techniques.find)
+    folder = optimize.ensure(ArmSpec("gptq_int4", "demo", chosen), options, lambda line: None)
+    return pipeline.open_arm(ArmSpec("gptq_int4", str(folder), chosen, is_artifact=True), "cpu", options).model
 
 
-def _verify(step: Any, prompt: list[int], count: int) -> float:
-    """Seconds of a step of `count` tokens over those of one."""
-    sequence = step.open()
-    step.run([Run(sequence, prompt)], want_logits=False)
-
-    def median(tokens: int) -> float:
-        found = []
-        for _ in range(15):
-            found.append(_seconds(lambda: step.run([Run(sequence, prompt[:tokens], all_logits=True)], want_logits=False)))
-            step.cut(sequence, len(prompt))
-        return statistics.median(found)
-
-    one, many = median(1), median(count)
-    step.close(sequence)
-    return many / one
+def started(kind: str) -> dict[str, Any]:
+    """Memory and start-up, each in a process of its own."""
+    found: dict[str, Any] = {}
+    for more in (["memory"], []):
+        done = subprocess.run(
+            [sys.executable, str(HERE / "native_start.py"), kind, *more], capture_output=True, text=True, check=True
+        )
+        told = json.loads(done.stdout)
+        found |= {key: told[key] for key in told if key.endswith("_mib") == bool(more)}
+    return found
 
 
-def bars(bench: Bench) -> Iterator[dict[str, Any]]:
+def bars(bench: Bench, document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What is wanted, what was found, smallest and largest over rounds."""
 
     def bar(what: str, found: list[float], wanted: float, *, at_most: bool = False) -> dict[str, Any]:
         middle = statistics.median(found)
         met = middle <= wanted if at_most else middle >= wanted
         return {
-            "what": what,
-            "found": middle,
-            "low": min(found),
-            "high": max(found),
-            "wanted": wanted,
-            "at_most": at_most,
+            "what": what, "found": middle, "low": min(found), "high": max(found), "wanted": wanted, "at_most": at_most,
             "met": met,
-        }
+        }  # fmt: skip
 
     known = bench.samples
     for what, arm, beside, wanted in RATIOS:
@@ -241,6 +239,8 @@ def bars(bench: Bench) -> Iterator[dict[str, Any]]:
             yield bar(what, [a / b for a, b in zip(known[arm], known[beside], strict=True)], wanted)
     for arm, wanted in SHARES:
         yield bar(f"share of the bandwidth limit, {arm}", bench.limits[arm], wanted)
+    yield bar("bf16 weights: first tokens equal to stock fp32's, of 128", [float(n) for n in bench.same["bfloat16"]], NEW)
+    yield bar("int8: KLD, nats", [document["fidelity"]["int8"]["kld"]], 0.006, at_most=True)
     yield bar("verify 4 over 1, int8", known["verify 4 over 1, int8"], 1.2, at_most=True)
     yield bar("verify 8 over 1, int8", known["verify 8 over 1, int8"], 1.6, at_most=True)
     yield bar("prompt lookup over plain, code", known["prompt lookup over plain, code"], 2.0)
@@ -248,30 +248,41 @@ def bars(bench: Bench) -> Iterator[dict[str, Any]]:
     yield bar("its speed-up over its tokens per step", shares, 0.85)
     yield bar("prompt lookup over plain, prose", known["prompt lookup over plain, prose"], 0.97)
     yield bar("8 candidates over 1, int8", known["8 candidates over 1, int8"], 2.5, at_most=True)
+    start = document["started"]
+    beyond = start["after_mib"] - start["packed_mib"] - start["kv_mib"]
+    yield bar("int8: MiB beyond packed weights and keys and values", [beyond], 150, at_most=True)
+    yield bar("int8: seconds from opening to the first token", [start["open_to_first_token_s"]], 2, at_most=True)
 
 
 def markdown(document: dict[str, Any]) -> str:
+    machine = document["machine"]
     lines = [
         "# The native engine on a CPU",
         "",
-        f"infopt {document['infopt']}, {document['threads']} threads, {document['isa']}; demo model, {PROMPT} tokens in, "
-        f"{NEW} out, greedy; {document['rounds']} rounds in which all arms take turns. Medians, smallest and largest.",
-        "",
-        "| tokens per second | median | rounds |",
-        "|---|---:|---|",
-        *(
-            f"| {arm} | {statistics.median(found):.1f} | {min(found):.1f} … {max(found):.1f} |"
-            for arm, found in document["samples"].items()
-            if " over " not in arm and not arm.startswith("tokens per step")
-        ),
+        f"infopt {document['infopt']}, {machine}, {document['threads']} threads, {document['isa']}; demo model, {PROMPT} tokens "
+        f"in, {NEW} out, greedy; {document['rounds']} rounds in which all arms take turns. Medians, smallest and largest.",
         "",
         "| bar | found | rounds | wanted | |",
         "|---|---:|---|---|---|",
         *(
-            f"| {bar['what']} | {bar['found']:.2f} | {bar['low']:.2f} … {bar['high']:.2f} "
+            f"| {bar['what']} | {bar['found']:.3g} | {bar['low']:.3g} … {bar['high']:.3g} "
             f"| {'≤' if bar['at_most'] else '≥'} {bar['wanted']:g} | {'met' if bar['met'] else 'short'} |"
             for bar in document["bars"]
         ),
+        "",
+        "| tokens per second, or what is named | median | rounds |",
+        "|---|---:|---|",
+        *(
+            f"| {arm} | {statistics.median(found):.4g} | {min(found):.4g} … {max(found):.4g} |"
+            for arm, found in document["samples"].items()
+        ),
+        "",
+        "| against stock float32 | KLD, nats | perplexity × |",
+        "|---|---:|---:|",
+        *(f"| {name} | {each['kld']:.5f} | {each['ppl_ratio']:.4f} |" for name, each in document["fidelity"].items()),
+        "",
+        *(f"- {line}" for line in document["drafts"]),
+        f"- start: {', '.join(f'{key} {value:.4g}' for key, value in document['started'].items())}",
     ]
     return "\n".join([*lines, ""])
 
@@ -279,20 +290,26 @@ def markdown(document: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skip-llama", action="store_true")
+    parser.add_argument("--skip", nargs="*", choices=("llama", "vllm"), default=())
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    bench = Bench(not asked.skip_llama)
+    start = started("int8")
+    bench = Bench(set(asked.skip))
     bench.round(0)  # warms everything up; not counted
-    bench.samples.clear()
-    bench.limits.clear()
+    for kept in (bench.samples, bench.limits, bench.same):
+        kept.clear()
     for number in range(1, asked.rounds + 1):
         bench.round(number)
         print(f"round {number} of {asked.rounds}", file=sys.stderr)
-    document = {
-        "schema_version": 1, "infopt": __version__, "threads": THREADS, "isa": library.load().infopt_isa().decode(),
-        "rounds": asked.rounds, "samples": bench.samples, "shares_of_limit": bench.limits, "bars": list(bars(bench)),
+    bench.trial()
+    gathered = environment.gather("cpu", THREADS, None)
+    document: dict[str, Any] = {
+        "schema_version": 2, "infopt": __version__, "threads": THREADS, "isa": library.load().infopt_isa().decode(),
+        "machine": f"{gathered['cpu']}, {gathered['cores']} cores", "rounds": asked.rounds, "samples": bench.samples,
+        "shares_of_limit": bench.limits, "equal_tokens": bench.same, "fidelity": bench.fidelity(), "drafts": bench.drafts,
+        "started": start,
     }  # fmt: skip
+    document["bars"] = list(bars(bench, document))
     print(markdown(document))
     if asked.out:
         asked.out.mkdir(parents=True, exist_ok=True)

@@ -30,11 +30,14 @@ from infopt.runtime.weights import Wanted, joined, release
 CHUNK = 128
 #: Largest difference to the modules' logits, in shares of their spread, in float32.
 TOLERANCE = 1e-4
+#: Shapes of steps that are kept ready.
+MOST_CALLS = 256
 NORMS = ("input_norm", "query_norm", "key_norm", "attention_out_norm", "feed_norm", "feed_out_norm")
 
 
 class WholeStep:
-    """Consumes the model's weights. `weights`: what floating-point weights become; `head`: the same for the output head, auto being int8 beside integers.
+    """Consumes the model's weights. `weights`: what floating-point weights become; `head`: the same for the output head, auto
+    being int8 beside integers.
 
     `kv`: float32 or float16. Raises Unfit for a model that the kernels do not run, MissingNeedError without the library.
     """
@@ -59,6 +62,7 @@ class WholeStep:
         self._engine = engine
         self.pages = Pages(int(self._library.infopt_page_bytes(ctypes.byref(self._model))), most_kv_bytes)
         self._logits = torch.empty(0)
+        self._calls: dict[tuple[int, int, int], _Call] = {}
 
     def first_layers(self, count: int) -> WholeStep:
         """The same model without its later layers: it shares weights and threads, and keeps keys and values of its own.
@@ -143,35 +147,30 @@ class WholeStep:
         return self._step(rest, sum(len(run.ids) if run.all_logits else 1 for run in rest), want_logits)
 
     def _step(self, runs: Several[Run], outputs: int, want_logits: bool, *, check: bool = False) -> Output:
-        tokens = sum(len(run.ids) for run in runs)
-        starts, position = [0], 0
-        wanted: list[int] = []
+        tokens = 0
         for run in runs:
-            if run.sequence.length + len(run.ids) > self.context:
-                raise InputError(f"{run.sequence.length + len(run.ids)} tokens; the model's context allows {self.context}")
-            self.pages.reserve(run.sequence, run.sequence.length + len(run.ids))
-            position += len(run.ids)
-            wanted += range(starts[-1], position) if run.all_logits else [position - 1]
-            starts.append(position)
-        width = -(-self.vocabulary // 16) * 16
+            length, count = run.sequence.length, len(run.ids)
+            if length + count > self.context:
+                raise InputError(f"{length + count} tokens; the model's context allows {self.context}")
+            self.pages.reserve(run.sequence, length + count)
+            tokens += count
+        shape = (tokens, len(runs), outputs)
+        if len(self._calls) > MOST_CALLS:
+            self._calls.clear()
+        call = self._calls.get(shape) or self._calls.setdefault(shape, _Call(*shape))
+        call.fill(runs)
         if want_logits and outputs and self._logits.shape[0] < outputs:
-            self._logits = torch.empty(outputs, width)
-        ints = ctypes.c_int32
-        tables = (Pointers * len(runs))(*(ctypes.cast(run.sequence.table, Pointers) for run in runs))
-        largest, margins = (ints * max(1, outputs))(), (ctypes.c_float * max(1, outputs))()
-        batch = CBatch(
-            tokens, len(runs), outputs, int(check), (ints * tokens)(*(token for run in runs for token in run.ids)),
-            (ints * len(starts))(*starts), (ints * len(runs))(*(run.sequence.length for run in runs)), tables,
-            (ints * max(1, outputs))(*wanted[:outputs]), self._logits.data_ptr() if want_logits and outputs else None,
-            largest, margins, -1,
-        )  # fmt: skip
-        self._library.infopt_step(self._engine, ctypes.byref(batch))
-        found = Output(largest[:outputs], margins[:outputs], self._logits[:outputs, : self.vocabulary] if want_logits else None)
-        if any(margin != margin for margin in found.margins):
+            self._logits = torch.empty(outputs, -(-self.vocabulary // 16) * 16)
+        batch = call.batch
+        batch.logits = self._logits.data_ptr() if want_logits and outputs else None
+        batch.check, batch.bad_layer = int(check), -1
+        self._library.infopt_step(self._engine, call.pointer)
+        margins = call.margins[:outputs]
+        if any(margin != margin for margin in margins):
             self._refuse_nan(runs, outputs, batch, check)
         for run in runs:
             run.sequence.length += len(run.ids)
-        return found
+        return Output(call.largest[:outputs], margins, self._logits[:outputs, : self.vocabulary] if want_logits else None)
 
     def _refuse_nan(self, runs: Several[Run], outputs: int, batch: CBatch, check: bool) -> None:
         """The same step once more, looking for the layer."""
@@ -231,6 +230,34 @@ class WholeStep:
         kept = tensor.detach().float().clone(memory_format=torch.contiguous_format)  # a view would keep the model's file mapped
         self._kept.append(kept)
         return kept.data_ptr()
+
+
+class _Call:
+    """What a step of this shape hands to the library, made once: building it anew would cost as much as a layer."""
+
+    def __init__(self, tokens: int, runs: int, outputs: int) -> None:
+        ints, floats = ctypes.c_int32, ctypes.c_float
+        self.ids, self.starts, self.positions = (ints * tokens)(), (ints * (runs + 1))(), (ints * runs)()
+        self.tables, self.wanted = (Pointers * runs)(), (ints * max(1, outputs))()
+        self.largest, self.margins = (ints * max(1, outputs))(), (floats * max(1, outputs))()
+        self.batch = CBatch(
+            tokens, runs, outputs, 0, self.ids, self.starts, self.positions, self.tables, self.wanted, None, self.largest,
+            self.margins, -1,
+        )  # fmt: skip
+        self.pointer = ctypes.byref(self.batch)
+
+    def fill(self, runs: Several[Run]) -> None:
+        position = wanted = 0
+        for index, run in enumerate(runs):
+            end = position + len(run.ids)
+            self.ids[position:end] = run.ids
+            self.positions[index], self.starts[index + 1] = run.sequence.length, end
+            self.tables[index] = ctypes.cast(run.sequence.table, Pointers)
+            if len(self.wanted) > wanted:  # chunks of a prompt want none
+                chosen = range(position, end) if run.all_logits else (end - 1,)
+                self.wanted[wanted : wanted + len(chosen)] = chosen
+                wanted += len(chosen)
+            position = end
 
 
 __all__ = ["Unfit", "WholeStep"]

@@ -7,7 +7,7 @@
 namespace INFOPT_ISA {
 
 constexpr int GROUP = 32;          // inputs that are rounded together
-constexpr int PREFETCH = 2 << 10;  // bytes ahead of the weights in use
+constexpr int PREFETCH = 4 << 10;  // bytes ahead of the weights in use
 
 // Inputs of a product, [tokens, inner]: as they are, and, for integer weights, rounded to int8 by groups of 32.
 struct Inputs {

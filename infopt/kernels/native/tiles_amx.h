@@ -13,7 +13,7 @@
 namespace INFOPT_ISA {
 
 constexpr int TILE = 16;         // tokens of a tile
-constexpr int LEAST_TILED = 9;   // fewer tokens are faster lane by lane: a tile costs the same for one as for sixteen
+constexpr int LEAST_TILED = 32;  // fewer tokens are as fast lane by lane: the weights must be made signed first
 
 // Whether the kernel lets this process use tiles; asked once.
 static inline bool may_use_tiles() {
@@ -68,50 +68,50 @@ static inline const int8_t* signed_weights(const Matrix& w, int block, int slot)
     return to.data();
 }
 
-// y[16] = the products of sixteen tokens with one block; `signed_w` as above. Rows of `x` are padded to whole tiles.
+// The sums of one group of sixteen tokens with one block, by tile `i`: [16 tokens][16 rows]. A macro, since the assembler reads
+// the tile's number.
+#define INFOPT_TILE_SUMS(i, inputs, stride, weights, to) \
+    _tile_zero(i);                                       \
+    _tile_loadd(4, inputs, stride);                      \
+    _tile_loadd(5, weights, 64);                         \
+    _tile_dpbssd(i, 4, 5);                               \
+    _tile_stored(i, to, 64)
+
+// y[16] = the products of sixteen tokens with one block; `weights` as above. Rows of `x` are padded to whole tiles.
 template <bool HAS_ZEROS>
-static inline void tile_tokens(const Matrix& w, const int8_t* signed_w, const Inputs& x, int token, int block, F* y) {
-    constexpr int AHEAD = 4;  // groups whose sums are on their way while those before them are scaled
-    const int groups = x.inner / GROUP, span = w.group / GROUP;
+static inline void tile_tokens(const Matrix& w, const int8_t* weights, const Inputs& x, int token, int block, F* y) {
+    constexpr int TOGETHER = 4;  // groups whose sums are on their way while others are scaled
+    const int groups = x.inner / GROUP, span = w.group / GROUP, stride = x.inner;
     const size_t first = size_t(block) * (groups / span);
-    const int8_t* in = x.rounded + size_t(token) * x.inner;
+    const int8_t* in = x.rounded + size_t(token) * stride;
     const float* scales = x.scales + x.first_scale(token);
     const int32_t* offsets = x.offsets + x.first_scale(token);
-    alignas(64) int32_t sums[2][AHEAD][TILE][LANES];
+    alignas(64) int32_t sums[TOGETHER][TILE][LANES];
     F part[TILE];
     for (int m = 0; m < TILE; m++) part[m] = zero();
-    const auto multiply = [&](int from) {
-        const int count = groups - from < AHEAD ? groups - from : AHEAD;
-        auto& to = sums[from / AHEAD % 2];
-#define MULTIPLY(i)                                                         \
-    if (i < count) {                                                        \
-        _tile_zero(i);                                                      \
-        _tile_loadd(4, in + (from + i) * GROUP, x.inner);                   \
-        _tile_loadd(5, signed_w + size_t(from + i) * GROUP * LANES, 64);    \
-        _tile_dpbssd(i, 4, 5);                                              \
-        _tile_stored(i, to[i], 64);                                         \
-    }
-        MULTIPLY(0)
-        MULTIPLY(1)
-        MULTIPLY(2)
-        MULTIPLY(3)
-#undef MULTIPLY
-    };
-    multiply(0);
-    for (int from = 0; from < groups; from += AHEAD) {
-        if (from + AHEAD < groups) multiply(from + AHEAD);
-        for (int g = from; g < groups && g < from + AHEAD; g++, scales += LANES, offsets += LANES) {
-            const auto& sum = sums[from / AHEAD % 2][g - from];
-            const F scale = load_scales(w.scales, w.scales_are_float32, first + g / span);
-            F stored_zero = zero();
-            if (HAS_ZEROS) stored_zero = load_scales(w.zeros, w.scales_are_float32, first + g / span);
+    const auto add_group = [&](int g, const int32_t (*sum)[LANES]) __attribute__((always_inline)) {
+        const F scale = load_scales(w.scales, w.scales_are_float32, first + g / span);
+        F stored_zero = zero();
+        if (HAS_ZEROS) stored_zero = load_scales(w.zeros, w.scales_are_float32, first + g / span);
+        const float* by_token = scales + size_t(g) * LANES;
 #pragma GCC unroll 16
-            for (int m = 0; m < TILE; m++) {
-                F total = {_mm512_cvtepi32_ps(_mm512_load_si512(sum[m]))};
-                if (HAS_ZEROS) total = fma(stored_zero, set1(float(offsets[m]) * (1.0f / 128)), total);
-                part[m] = fma(total, mul(scale, set1(scales[m])), part[m]);
-            }
+        for (int m = 0; m < TILE; m++) {
+            F total = {_mm512_cvtepi32_ps(_mm512_load_si512(sum[m]))};
+            if (HAS_ZEROS) total = fma(stored_zero, set1(float(offsets[size_t(g) * LANES + m]) * (1.0f / 128)), total);
+            part[m] = fma(total, mul(scale, set1(by_token[m])), part[m]);
         }
+    };
+    int g = 0;
+    for (; g + TOGETHER <= groups; g += TOGETHER, in += TOGETHER * GROUP, weights += TOGETHER * GROUP * LANES) {
+        INFOPT_TILE_SUMS(0, in, stride, weights, sums[0]);
+        INFOPT_TILE_SUMS(1, in + GROUP, stride, weights + GROUP * LANES, sums[1]);
+        INFOPT_TILE_SUMS(2, in + 2 * GROUP, stride, weights + 2 * GROUP * LANES, sums[2]);
+        INFOPT_TILE_SUMS(3, in + 3 * GROUP, stride, weights + 3 * GROUP * LANES, sums[3]);
+        for (int i = 0; i < TOGETHER; i++) add_group(g + i, sums[i]);
+    }
+    for (; g < groups; g++, in += GROUP, weights += GROUP * LANES) {
+        INFOPT_TILE_SUMS(0, in, stride, weights, sums[0]);
+        add_group(g, sums[0]);
     }
     for (int m = 0; m < TILE; m++) y[m] = w.bias ? add(part[m], load(w.bias + block * LANES)) : part[m];
 }
