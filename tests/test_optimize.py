@@ -88,11 +88,11 @@ def test_it_was_loaded_back_and_loads_again(made: tuple[Path, Artifact, list[str
     out, document, _ = made
     plain = document.load_back[0]
     assert (plain.tokens, plain.max_abs_logit_difference <= plain.tolerance) == (pipeline.PROBE_TOKENS, True)
-    spec = arms.spec(str(out), None)
+    spec = arms.spec(str(out), None, ["engine.name=transformers"])
     opened = pipeline.open_arm(spec, "cpu", CPU)
     assert opened.description == "tiny, random weights, seed 0, optimized by own"
     assert opened.steps == ("rtn",)
-    reference = pipeline.open_arm(arms.spec("tiny", None), "cpu", CPU)
+    reference = pipeline.open_arm(arms.spec("tiny", "baseline"), "cpu", CPU)
     ids = optimize.probe_ids(reference)
     change = (optimize.probe(opened, ids) - optimize.probe(reference, ids)).abs().max()
     assert 1e-4 < change < 10, "4 bits change the model, and do not ruin it"

@@ -56,8 +56,8 @@ class Step {
    public:
     // `pool` may run other models' steps too, one at a time.
     Step(const Model& model, std::shared_ptr<Pool> threads)
-        : m(model), held(threads), pool(*threads), own(pool.threads()), scratch(pool.threads()), best(pool.threads()),
-          nothing(pool.threads()) {
+        : m(model), held(threads), pool(*threads), own(pool.most()), scratch(pool.most()), best(pool.most()),
+          nothing(pool.most()) {
         width = padded(m.hidden, GROUP);
         queries = m.heads * m.head_dim;
         head_width = padded(m.head_dim);
@@ -123,7 +123,8 @@ class Step {
         int whole = 0;
         for (int run = 0; run < batch.runs; run++)
             whole += m.kv_heads * (((batch.run_start[run + 1] - batch.run_start[run]) * group + ROWS - 1) / ROWS);
-        const int wanted = pool.threads() == 1 ? 1 : (4 * pool.threads() + whole - 1) / whole;
+        // By the threads that there are, not those that work now: sums must not depend on what else the machine does.
+        const int wanted = pool.most() == 1 ? 1 : (4 * pool.most() + whole - 1) / whole;
         for (int run = 0; run < batch.runs; run++) {
             const int begin = batch.run_start[run], count = batch.run_start[run + 1] - begin;
             for (int t = 0; t < count; t++) run_of[begin + t] = run;
@@ -379,7 +380,7 @@ class Step {
 };
 
 inline double Step::read_seconds(const uint8_t* data, int64_t bytes) {
-    std::vector<float> found(pool.threads());
+    std::vector<float> found(pool.most());
     const auto start = std::chrono::steady_clock::now();
     pool.run([&](int thread) {
         F a = zero(), b = zero(), c = zero(), d = zero();
