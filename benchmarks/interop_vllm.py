@@ -4,8 +4,8 @@
 
 Request and answer are described in interop.py. Nothing but vLLM and torch is imported, so that no other reader's code can
 lend it a hand. The answer also has `layers`: which scheme and kernel run how many layers, since a reader that took packed
-weights for plain ones, or opened them to plain ones, would show nowhere else; and `dtype`, which is float16 where float32 was
-asked for and vLLM's kernel for these weights has none (4 bits on the CPU, and symmetric int8 on one with AMX).
+weights for plain ones, or opened them to plain ones, would show nowhere else; and `dtype`, which is another where float32 was
+asked for and vLLM's kernel for these weights has none: float16 for 4 bits on a CPU, bfloat16 for symmetric int8 on one with AMX.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def main() -> None:
         answer |= read(request)
     except Exception as error:  # whatever it is, it is the finding
         if request["dtype"] == "float32" and "bfloat16 or half" in str(error):  # of a kernel; anew, since vLLM opens once
-            Path(sys.argv[1]).write_text(json.dumps({**request, "dtype": "float16"}), encoding="utf-8")
+            Path(sys.argv[1]).write_text(json.dumps({**request, "dtype": "bfloat16"}), encoding="utf-8")
             os.execv(sys.executable, [sys.executable, *sys.argv])
         answer["error"] = reason(error)
     Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
