@@ -186,7 +186,9 @@ class Bench:
                 "prompt_lookup": PromptLookup(),
                 "self": ModelDraft(step.first_layers(step.layers // 4)),
             }
-            self.drafts.append(f"{name}: {draft_choice.choose(step, drafters, 12, [Ask(tuple(prompt), NEW)])[1]}")
+            chosen = draft_choice.choose(step, drafters, 12, [Ask(tuple(prompt), NEW)])
+            assert chosen
+            self.drafts.append(f"{name}: {chosen[1]}")
 
     def fidelity(self) -> dict[str, dict[str, float | None]]:
         """KLD and perplexity ratio of each against stock float32; int4 calibrated, since the model was on a 4-bit grid itself."""
@@ -207,7 +209,7 @@ class Bench:
 
 def _sustained(step: Any) -> float:
     """Bytes per second of reading the weights over and over."""
-    return READS / sum(1 / step.read_bytes_per_s() for _ in range(READS))
+    return float(READS / sum(1 / step.read_bytes_per_s() for _ in range(READS)))
 
 
 def _calibrated() -> Any:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 64
 """Length of the text on which a saved model is compared with the one that was made."""
 NATIVE = "native"
+SPARE_TOKENS = 0.01
+"""Share of a model's tokens that one which drafts for it may lack: releases of one tokenizer differ by a few special ones."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -302,20 +304,27 @@ def _opened(bundle: Bundle, chosen: Recipe, progress: Progress) -> Any:
 
 def _draft(name: str, target: Bundle, chosen: Recipe, options: LoadOptions, progress: Progress) -> Any:
     """The native step of a model that drafts for `target`. Raises InputError where it does not know the same tokens."""
+    from infopt.runtime.decoder import Unfit
+
     ref = Path(name).expanduser()
     if artifact.is_artifact(ref):
         found = reopen(ref, EngineSection(), "cpu", options, progress)
     else:
         found = load.load(resolve(name, options), load_plan(as_stored(chosen), "cpu"), progress)
     ours, theirs = target.tokenizer.get_vocab(), found.tokenizer.get_vocab()
-    if ours != theirs:
-        differing = sum(theirs.get(token) != index for token, index in ours.items())
+    differing = sum(theirs.get(token, index) != index for token, index in ours.items())
+    missing = len(ours.keys() - theirs.keys())
+    if differing or missing > len(ours) * SPARE_TOKENS:
         raise InputError(
-            f"speculative.draft: {name} knows other tokens than the model ({len(theirs)} against {len(ours)}, {differing} of the "
-            "model's differ); allowed: a model with the same vocabulary",
+            f"speculative.draft: {name} knows other tokens than the model ({len(theirs)} against {len(ours)}; {differing} "
+            f"have another number, {missing} are not there); allowed: a model with the same vocabulary",
             hint="speculative: {draft: prompt_lookup} needs no second model",
         )
-    return _opened(found, chosen, progress).step
+    try:
+        return _opened(found, replace(chosen, engine=chosen.engine.model_copy(update={"way": "auto"})), progress).step
+    except Unfit as error:
+        hint = "speculative: {draft: prompt_lookup} needs no second model"
+        raise InputError(f"speculative.draft: {name} does not run in the native engine: {error}", hint=hint) from None
 
 
 def engine(bundle: Bundle, chosen: Recipe) -> Engine:

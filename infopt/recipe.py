@@ -5,10 +5,10 @@
     extends: rtn_int4            # a shipped recipe's name, or a path relative to this file
     steps:                       # change the weights, in order; each key is a file in infopt/techniques/
       - rtn: {bits: 4, group_size: 64}
-    speculative: {draft: prompt_lookup, tokens: 10}
+    speculative: {draft: prompt_lookup, tokens: auto}
     sampling:    {temperature: 0.0, top_p: 1.0, top_k: 0, candidates: 1, choose: null}
     cache:       {kind: dynamic, dtype: auto, prefix: false}
-    engine:      {name: transformers, dtype: auto, compile: never, attention: auto}
+    engine:      {name: native, weights: auto, head: auto, dtype: auto}
     calibration: {text: bundled, samples: 128, tokens: 256, seed: 0}
     gates:       {ppl_ratio: {max: 1.02}}
 

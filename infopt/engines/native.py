@@ -50,13 +50,20 @@ class NativeEngine:
         from infopt.runtime.loop import Loop
 
         self.model, self.sampling = model, sampling or Sampling()
-        _check(self.sampling, prefix, compile)
+        _check(self.sampling, cache, prefix, compile)
         eos: Any = model.generation_config.eos_token_id
         self._ends = frozenset(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
         self._draft, self._now = draft, now
         self._most = draft_tokens or MOST_DRAFTED
         self.notes = notes
-        self._drafters = {name: self._drafter(name, draft_layers) for name in (among if draft == "auto" else [draft]) if name}
+        self._drafters: dict[str, Drafter] = {}
+        for name in among if draft == "auto" else [draft] if draft else []:
+            try:
+                self._drafters[name] = self._drafter(name, draft_layers)
+            except InputError as error:
+                if draft != "auto":
+                    raise
+                self.notes = (*self.notes, f"draft {name} was not tried: {error}")
         length = DraftLength(most=self._most, is_fixed=draft_tokens is not None)
         self._loop = Loop(model.step, self._drafters[draft] if draft and draft != "auto" else None, length, now)
         self._is_chosen = draft != "auto"
@@ -82,7 +89,7 @@ class NativeEngine:
 
     def close(self) -> None:
         """Gives the model up."""
-        del self._loop, self.model
+        del self._loop, self._drafters, self.model
 
     def _drafter(self, name: str, layers: int | None) -> Drafter:
         from infopt.runtime.drafts import ModelDraft, PromptLookup
@@ -91,14 +98,17 @@ class NativeEngine:
             return PromptLookup()
         if name == "self":
             return ModelDraft(self.model.early(layers))
-        return ModelDraft(self.model.drafts[name])
+        return ModelDraft(self.model.drafts[name], self.model.step.vocabulary)
 
     def _choose(self, asks: Sequence[Ask]) -> None:
-        """Once, on the prompts of the first call."""
+        """Once, on the prompts of the first call that has something to try."""
         from infopt.runtime import draft_choice
         from infopt.runtime.loop import Loop
 
-        best, said = draft_choice.choose(self.model.step, self._drafters, self._most, asks, self._now)
+        chosen = draft_choice.choose(self.model.step, self._drafters, self._most, asks, self._now)
+        if chosen is None:
+            return  # the next call may tell
+        best, said = chosen
         self._loop = Loop(self.model.step, best.drafter, best.length, self._now)
         self.notes, self._is_chosen = (*self.notes, said), True
 
@@ -108,7 +118,11 @@ ENGINE = NativeEngine
 MOST_DRAFTED = 12
 
 
-def _check(sampling: Sampling, prefix: bool, compile: str) -> None:
+def _check(sampling: Sampling, cache: str, prefix: bool, compile: str) -> None:
+    if cache == "static":
+        raise InputError(
+            "the native engine keeps keys and values in pages; nothing is reserved", hint="engine: {name: transformers}"
+        )
     if sampling.candidates > 1 and sampling.temperature <= 0:
         raise InputError(
             f"{sampling.candidates} candidates at temperature {sampling.temperature}; greedy decoding has exactly 1",

@@ -109,9 +109,7 @@ def pack_integers(
     """
     rows, inner = integers.shape
     groups = scales.shape[1]
-    group = group or up(inner, GROUP)
-    if group % GROUP or groups != up(inner, group) // group or (bits == 8 and zeros is not None):
-        raise ValueError("8 bits with zeros" if bits == 8 and zeros is not None else f"groups of {group} inputs")
+    group = checked_group(inner, groups, bits, group, zeros is not None)
     offset = 128 if bits == 8 else 8
     stored = pad((integers.to(torch.int16) + offset).to(torch.uint8)) if inner % GROUP == 0 else pad_with(integers, offset)
     if bits == 8:
@@ -120,6 +118,16 @@ def pack_integers(
         eights = stored.reshape(-1, LANES, stored.shape[1] // 8, 2, 4)
         weights = (eights[..., 0, :] | eights[..., 1, :] << 4).transpose(1, 2).contiguous()
     return Packed("int8" if bits == 8 else "int4", rows, inner, weights, group, *lay_out_grid(scales, zeros, bits))
+
+
+def checked_group(inner: int, groups: int, bits: int, group: int | None, has_zeros: bool) -> int:
+    """Inputs that share a scale; None is a whole row. Raises ValueError for a grid that the kernels do not multiply."""
+    size = group or up(inner, GROUP)
+    if bits == 8 and has_zeros:
+        raise ValueError("8 bits with zeros")
+    if size % GROUP or groups != up(inner, size) // size:
+        raise ValueError(f"groups of {size} inputs, {groups} of them in {inner}")
+    return size
 
 
 def lay_out_grid(scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> tuple[torch.Tensor, torch.Tensor | None]:

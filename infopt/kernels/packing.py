@@ -9,7 +9,7 @@ import torch
 
 from infopt.kernels import library
 from infopt.kernels.library import CSource
-from infopt.kernels.packed import GROUP, LANES, Kind, Packed, lay_out_grid, up
+from infopt.kernels.packed import GROUP, LANES, Kind, Packed, checked_group, lay_out_grid, up
 
 SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 BITS = {"int8": 8, "int4": 4}
@@ -18,7 +18,8 @@ BITS = {"int8": 8, "int4": 4}
 def takes(parts: Sequence[torch.Tensor]) -> bool:
     """Whether the library reads them: matrices in host memory, row after row, which share no block of 16 rows."""
     return all(
-        part.dtype in SOURCES and part.device.type == "cpu" and part.dim() == 2 and part.stride(1) == 1
+        type(part.data) is torch.Tensor and part.dtype in SOURCES and part.device.type == "cpu"
+        and part.dim() == 2 and part.stride(1) == 1
         and (len(parts) == 1 or part.shape[0] % LANES == 0)
         for part in parts
     )  # fmt: skip
@@ -50,7 +51,7 @@ def pack_integers(
     """`parts` int8 [rows, inner], signed; `scales` and `zeros` [rows, groups] in the order of the packed rows."""
     rows, inner = sum(len(part) for part in parts), parts[0].shape[1]
     kind: Kind = "int8" if bits == 8 else "int4"
-    group = group or up(inner, GROUP)
+    group = checked_group(inner, scales.shape[1], bits, group, zeros is not None)
     weights = _bytes(up(rows, LANES) // LANES, up(inner, GROUP), kind)
     return _filled(Packed(kind, rows, inner, weights, group, *lay_out_grid(scales, zeros, bits)), parts, in_pairs)
 

@@ -43,6 +43,10 @@ class Block:
     rotary: str
     """Which of the model's tables."""
 
+    @property
+    def linears(self) -> tuple[nn.Module, ...]:
+        return (*self.qkv, self.output, *self.gate_up, self.down)
+
 
 @dataclass(frozen=True)
 class Decoder:

@@ -51,9 +51,18 @@ class Tried:
 
 def choose(
     step: Step, drafters: Mapping[str, Drafter], most: int, asks: Sequence[Ask], now: Callable[[], float] = time.perf_counter
-) -> tuple[Tried, str]:
-    """The fastest of plain decoding and `drafters` on the first of `asks`, and a line that says why."""
-    asks = [replace(ask, max_new_tokens=min(TOKENS, ask.max_new_tokens), stop_tokens=frozenset()) for ask in asks[:PROMPTS]]
+) -> tuple[Tried, str] | None:
+    """The fastest of plain decoding and `drafters` on the first of `asks`, and a line that says why.
+
+    None where a single token is asked for: nothing could be drafted.
+    """
+    if max(ask.max_new_tokens for ask in asks) < 2:
+        return None
+    asks = [
+        replace(ask, max_new_tokens=min(TOKENS, ask.max_new_tokens), stop_tokens=frozenset())
+        for ask in asks
+        if ask.max_new_tokens > 1
+    ][:PROMPTS]
     plain = Tried(None, DraftLength(most))
     ways = {name: Tried(drafter, DraftLength(most)) for name, drafter in drafters.items()}
     for turn in range(TURNS):

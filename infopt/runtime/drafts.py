@@ -108,27 +108,34 @@ class ModelDraft:
     """A model of its own, or the first layers of the target, that goes ahead token by token, all rows together.
 
     What a token is drawn from is kept, so that sampling stays exact; greedy drafts are the model's likeliest tokens.
+    `vocabulary`: of the target, where models of one tokenizer pad their tables to different sizes; what only one of the two has
+    is never drafted, nor anything after it.
     """
 
     is_free = False
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    def __init__(self, step: Step, vocabulary: int | None = None) -> None:
+        self.step, self.vocabulary = step, vocabulary or step.vocabulary
+        self.shared = min(step.vocabulary, self.vocabulary)
 
     def open(self) -> Ahead:
         return Ahead(self.step.open())
 
     def propose(self, wanted: Sequence[Wanted]) -> list[Draft]:
-        going = [_Going(each, min(each.most, self.step.context - len(each.ids))) for each in wanted]
+        going = [_Going(each, self._most(each), self.shared, self.vocabulary) for each in wanted]
         for row in going:
             if row.most > 0:
                 row.fed = list(row.wanted.ids[self._cut_to(row.wanted) :])
         while active := [row for row in going if len(row.tokens) < row.most]:
-            greedy = all(row.is_greedy for row in active)
+            greedy = self.shared == self.step.vocabulary and all(row.is_greedy for row in active)
             found = self.step.run([Run(row.wanted.state.sequence, row.fed) for row in active], want_logits=not greedy)
             for index, row in enumerate(active):
                 row.take(found.tokens[index], None if found.logits is None else found.logits[index])
         return [Draft(tuple(row.tokens), tuple(row.proposed)) for row in going]
+
+    def _most(self, wanted: Wanted) -> int:
+        known = max(wanted.ids) < self.step.vocabulary
+        return min(wanted.most, self.step.context - len(wanted.ids)) if known else 0
 
     def _cut_to(self, wanted: Wanted) -> int:
         """How many tokens of the row's text its sequence here has already; what else it has is forgotten."""
@@ -146,8 +153,8 @@ class ModelDraft:
 class _Going:
     """A row's draft in the making."""
 
-    def __init__(self, wanted: Wanted, most: int) -> None:
-        self.wanted, self.most = wanted, most
+    def __init__(self, wanted: Wanted, most: int, shared: int, vocabulary: int) -> None:
+        self.wanted, self.most, self.shared, self.vocabulary = wanted, most, shared, vocabulary
         self.is_greedy = wanted.sampling.temperature == 0 and wanted.sampling.repetition_penalty == 1
         self.tokens: list[int] = []
         self.proposed: list[torch.Tensor | None] = []
@@ -158,7 +165,10 @@ class _Going:
         weights = None
         if not self.is_greedy:
             assert logits is not None
-            weights = probabilities(logits, self.wanted.sampling, [*self.wanted.ids, *self.tokens])
+            weights = probabilities(logits[: self.shared], self.wanted.sampling, [*self.wanted.ids, *self.tokens])
+            weights = torch.nn.functional.pad(weights, (0, self.vocabulary - self.shared))
+        elif logits is not None:
+            likeliest = int(logits[: self.shared].argmax())
         self.tokens.append(likeliest if weights is None else draw(weights, self.wanted.source))
         self.proposed.append(weights)
         self.fed = self.tokens[-1:]

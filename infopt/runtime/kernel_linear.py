@@ -11,7 +11,7 @@ from infopt.kernels import library
 from infopt.kernels.arena import Arena, give_back
 from infopt.kernels.library import CLayer, CModel
 from infopt.kernels.packed import Packed
-from infopt.runtime.weights import Wanted, joined, require
+from infopt.runtime.weights import Wanted, head_kind, joined, require
 
 
 class Products:
@@ -60,11 +60,13 @@ def swap(model: nn.Module, threads: int, weights: Wanted, head: Wanted) -> list[
     found = [name for name, module in model.named_modules() if _is_linear(module)]
     for name in found:
         require(model.get_submodule(name))
-    arena, products, made = Arena(), Products(threads), []
+    arena, products = Arena(), Products(threads)
+    made: list[Packed] = []
     last = getattr(model, "get_output_embeddings", lambda: None)()
+    found.sort(key=lambda name: model.get_submodule(name) is last)  # the head follows the others
     for name in found:
         module = model.get_submodule(name)
-        packed = joined([module], head if module is last else weights).moved(arena.keep)
+        packed = joined([module], head_kind(head, weights, made) if module is last else weights).moved(arena.keep)
         model.set_submodule(name, KernelLinear(packed, products))
         made.append(packed)
     give_back()

@@ -18,7 +18,7 @@ def penalised(logits: torch.Tensor, seen: Sequence[int], penalty: float) -> torc
     """[vocabulary] with what was seen made less likely: positive logits divided, negative ones multiplied (CTRL, 1909.05858)."""
     if penalty == 1.0 or not seen:
         return logits
-    ids = torch.tensor(sorted(set(seen)))
+    ids = torch.tensor(sorted({token for token in seen if token < len(logits)}), dtype=torch.long)
     found = logits[ids]
     return logits.index_copy(0, ids, torch.where(found > 0, found / penalty, found * penalty))
 
@@ -69,5 +69,7 @@ def accept(
         rest = p.clone() if q is None else (p - q).clamp_(min=0)
         if q is None:
             rest[token] = 0
+        if not float(rest.sum()) > 0:  # p and q differ by rounding alone
+            rest = p
         return [*kept, draw(rest, source)]
     return [*kept, draw(target[len(drafted)], source)]

@@ -46,7 +46,7 @@ class Step(Protocol):
         ...
 
     def run(self, runs: Sequence[Run], want_logits: bool = True) -> Output:
-        """Raises NumericError where a logit is not finite, naming the layer."""
+        """Raises InputError where a logit is not finite, naming the layer."""
         ...
 
     def cut(self, sequence: Any, length: int) -> None:

@@ -97,7 +97,8 @@ def _compressed(layer: Any, scheme: Any) -> Integers | None:
     if packed is None:  # int-quantized: a byte each
         if not isinstance(plain, torch.Tensor) or plain.dtype != torch.int8 or not scheme.symmetric:
             return None
-        return Integers(plain.detach(), layer.weight_scale.detach(), None, 8, None)
+        group = scheme.group_size if scheme.group_size and scheme.group_size > 0 else None
+        return Integers(plain.detach(), layer.weight_scale.detach(), None, 8, group)
     shape = torch.Size(int(n) for n in layer.weight_shape)
     q = unpack_from_int32(packed.detach(), scheme.num_bits, shape)
     zeros = None
@@ -113,15 +114,23 @@ def _fits(stored: Integers) -> bool:
     return (group is None or (group % GROUP == 0 and inner % group == 0)) and not (stored.bits == 8 and stored.zeros is not None)
 
 
+def head_kind(head: Wanted, weights: Wanted, packed: Iterable[Packed]) -> Wanted:
+    """What the output head becomes: auto is int8 where the layers before it were packed as integers."""
+    if head != "auto":
+        return head
+    return "int8" if any(each.scales is not None for each in packed) else weights
+
+
 def require(layer: Any) -> None:
     """Raises Unfit for a layer whose weights `joined` cannot read, before any is touched."""
     if getattr(layer, "quantization_scheme", None) is not None or integers(layer) is not None:
         return
     weight = getattr(layer, "weight", None)
     # Subclasses of tensors (quanto's, torchao's, bitsandbytes') hold their numbers in ways of their own.
-    is_plain = isinstance(weight, torch.Tensor) and type(weight.data) is torch.Tensor
-    if not isinstance(weight, torch.Tensor) or not is_plain or weight.dtype not in FLOATING or weight.dim() != 2:
+    if not isinstance(weight, torch.Tensor) or type(weight.data) is not torch.Tensor or weight.dtype not in FLOATING:
         raise Unfit(f"{type(layer).__name__} keeps its weights in a way of its own")
+    if weight.dim() != 2:
+        raise Unfit(f"the weights of {type(layer).__name__} are no matrix")
 
 
 def layer_weight(layer: Any) -> torch.Tensor:

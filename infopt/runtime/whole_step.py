@@ -1,8 +1,7 @@
 """A step of a Llama-like decoder in one call into the kernel library.
 
-Weights are packed from transformers' modules, which are not needed afterwards. What the kernels compute is checked against
-the modules when a model is opened: on its own first layers, in float32, so that what a class does that `decoder` did not see
-is found before any token is made.
+Weights are packed from transformers' modules, which are not needed afterwards. What the kernels compute is checked against a
+small random model of the same class before that (`architecture`).
 """
 
 from __future__ import annotations
@@ -24,12 +23,10 @@ from infopt.kernels.packed import Packed
 from infopt.runtime.decoder import Block, Decoder, Unfit, describe
 from infopt.runtime.pages import PAGE, Pages, Sequence
 from infopt.runtime.steps import Output, Run
-from infopt.runtime.weights import Wanted, joined, release
+from infopt.runtime.weights import Wanted, head_kind, joined, release, require
 
 #: Tokens that go through the layers together at most: enough that weights are read from the cache, few enough to stay there.
 CHUNK = 128
-#: Largest difference to the modules' logits, in shares of their spread, in float32.
-TOLERANCE = 1e-4
 #: Shapes of steps that are kept ready.
 MOST_CALLS = 256
 NORMS = ("input_norm", "query_norm", "key_norm", "attention_out_norm", "feed_norm", "feed_out_norm")
@@ -72,6 +69,7 @@ class WholeStep:
         if not 0 < count < self._model.layers:
             raise InputError(f"{count} early layers; allowed: 1 … {self._model.layers - 1}")
         early: WholeStep = copy.copy(self)
+        early._engine = ctypes.c_void_p()  # it must not close ours
         early._model = CModel.from_buffer_copy(self._model)
         early._model.layers = count
         early.packed = [*self.packed[: 4 * count], *self.packed[4 * self._model.layers :]]  # four to a layer, then the others
@@ -190,12 +188,13 @@ class WholeStep:
     # Packing
 
     def _described(self, decoder: Decoder, weights: Wanted, head: Wanted, kv: str) -> CModel:
+        for layer in (*(layer for block in decoder.blocks for layer in block.linears), decoder.embedding, decoder.head):
+            require(layer)  # all of them, before any is consumed
         layers = (CLayer * len(decoder.blocks))()
         names = list(dict.fromkeys(block.rotary for block in decoder.blocks))
         for to, block in zip(layers, decoder.blocks, strict=True):
             self._fill(to, block, names, weights)
-        if head == "auto":
-            head = "int8" if any(packed.scales is not None for packed in self.packed) else weights
+        head = head_kind(head, weights, self.packed)
         table = self._packed([decoder.embedding], head if decoder.is_tied else "auto")  # as it is, where it is no head
         out = table if decoder.is_tied else self._packed([decoder.head], head)
         tables = [decoder.tables(name, decoder.context) for name in names]
@@ -250,11 +249,11 @@ class _Call:
         position = wanted = 0
         for index, run in enumerate(runs):
             end = position + len(run.ids)
-            self.ids[position:end] = run.ids
+            self.ids[position:end] = list(run.ids)
             self.positions[index], self.starts[index + 1] = run.sequence.length, end
             self.tables[index] = ctypes.cast(run.sequence.table, Pointers)
             if len(self.wanted) > wanted:  # chunks of a prompt want none
-                chosen = range(position, end) if run.all_logits else (end - 1,)
+                chosen: list[Any] = list(range(position, end)) if run.all_logits else [end - 1]
                 self.wanted[wanted : wanted + len(chosen)] = chosen
                 wanted += len(chosen)
             position = end

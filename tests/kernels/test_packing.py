@@ -70,3 +70,21 @@ def test_what_it_does_not_take() -> None:
     assert not packing.takes([torch.zeros(5, 7), torch.zeros(16, 7)]), "they would share a block"
     assert not packing.takes([torch.zeros(5, 7, dtype=torch.float64)])
     assert not packing.takes([torch.zeros(7, 5).T])
+
+
+def test_a_grid_that_the_kernels_do_not_multiply_is_refused_as_the_twin_refuses_it() -> None:
+    q = torch.zeros(16, 96, dtype=torch.int8)
+    for groups, bits, group, zeros in ((3, 8, None, None), (2, 4, 48, None), (1, 8, None, torch.zeros(16, 1))):
+        said = []
+        for pack in (lambda *grid: packing.pack_integers([q], *grid), lambda *grid: packed.pack_integers(q, *grid)):
+            with pytest.raises(ValueError, match=r"groups of|with zeros") as caught:
+                pack(torch.ones(16, groups), zeros, bits, group)
+            said.append(str(caught.value))
+        assert said[0] == said[1]
+
+
+def test_subclasses_of_tensors_are_not_taken() -> None:
+    class Own(torch.Tensor):
+        pass
+
+    assert not packing.takes([torch.zeros(4, 4).as_subclass(Own)])

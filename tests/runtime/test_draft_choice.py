@@ -64,9 +64,19 @@ def text(double: DoubleStep) -> list[int]:
     return [*PROMPT, *Loop(double).run([Ask(PROMPT, 60)])[0].ids]
 
 
+def chosen(*arguments: Any) -> tuple[draft_choice.Tried, str]:
+    found = draft_choice.choose(*arguments)
+    assert found
+    return found
+
+
+def test_one_token_is_nothing_to_try_on(double: DoubleStep, text: list[int]) -> None:
+    assert draft_choice.choose(double, {"right": Known(text)}, 6, [Ask(PROMPT, 1)]) is None
+
+
 def test_the_fastest_is_taken(double: DoubleStep, text: list[int]) -> None:
     step = Clock(double, each=0.05)
-    best, said = draft_choice.choose(step, {"wrong": Known(text, wrong=1), "right": Known(text)}, 6, [Ask(PROMPT, 60)], step.now)
+    best, said = chosen(step, {"wrong": Known(text, wrong=1), "right": Known(text)}, 6, [Ask(PROMPT, 60)], step.now)
     assert isinstance(best.drafter, Known)
     assert best.drafter.wrong == 0
     found = re.match(
@@ -81,7 +91,7 @@ def test_the_fastest_is_taken(double: DoubleStep, text: list[int]) -> None:
 
 def test_none_is_taken_where_none_pays(double: DoubleStep, text: list[int]) -> None:
     step = Clock(double, each=0.05)
-    best, said = draft_choice.choose(step, {"wrong": Known(text, wrong=1)}, 6, [Ask(PROMPT, 40)], step.now)
+    best, said = chosen(step, {"wrong": Known(text, wrong=1)}, 6, [Ask(PROMPT, 40)], step.now)
     assert best.drafter is None
     assert said.startswith("no draft: on 1 of the prompts none was faster: wrong 0.")
 
@@ -89,7 +99,7 @@ def test_none_is_taken_where_none_pays(double: DoubleStep, text: list[int]) -> N
 def test_a_dear_draft_is_not_taken_however_right(double: DoubleStep) -> None:
     """The model itself as draft: every token right, and each costs what it saves."""
     step = Clock(double, each=0.05)
-    best, _ = draft_choice.choose(step, {"itself": ModelDraft(step)}, 6, [Ask(PROMPT, 40)], step.now)
+    best, _ = chosen(step, {"itself": ModelDraft(step)}, 6, [Ask(PROMPT, 40)], step.now)
     assert best.drafter is None
 
 
@@ -109,7 +119,7 @@ def test_text_stays_that_of_plain_decoding(opened: Callable[..., NativeModel], d
     for _ in range(2):  # auto chooses in the first call
         found = engine.generate(requests)
         assert found.output_ids == wanted
-    assert (len(engine.notes) == 1) == (draft == "auto")
+    assert (len(engine.notes) == 1) == (draft == "auto"), "the choice is told"
     if draft != "auto":
         assert found.accepted_at
         assert found.accepted_at[0][0] >= found.accepted_at[0][1]
@@ -130,3 +140,13 @@ def test_swapped_layers_have_no_early_part() -> None:
     model = open_native(tiny(), Settings(2, "float32", "float32", "float32", "swapped"))
     with pytest.raises(InputError, match="draft: self needs whole steps"):
         NativeEngine(model, draft="self")
+
+
+def test_auto_leaves_out_what_the_model_has_no_layers_for(opened: Callable[..., NativeModel]) -> None:
+    engine = NativeEngine(opened(), draft="auto", among=("prompt_lookup", "self"), draft_layers=6)
+    assert engine.notes == ("draft self was not tried: 6 early layers; allowed: 1 … 2",)
+    request = Request("0", PROMPT, 1)
+    assert len(engine.generate([request]).output_ids[0]) == 1
+    assert len(engine.notes) == 1, "a single token decides nothing"
+    engine.generate([Request("0", PROMPT, 12)])
+    assert "prompt_lookup" in engine.notes[-1]

@@ -186,3 +186,20 @@ def test_small_models_are_of_the_same_class(make: Make, name: str) -> None:
     assert type(small) is type(model)
     assert small.config.num_hidden_layers == 2
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("way", ["auto", "swapped"])
+def test_a_model_that_fits_no_way_is_left_whole(make: Make, way: Any) -> None:
+    model = make("llama", num_hidden_layers=2)
+    layer = model.model.layers[1].mlp.down_proj
+    layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(Unfit, match="Linear keeps its weights in a way of its own"):
+        open_native(model, Settings(2, way=way))
+    assert all(parameter.numel() for parameter in model.parameters())
+    assert not any(isinstance(module, KernelLinear) for module in model.modules())
+
+
+def test_a_swapped_head_is_int8_beside_integers(make: Make) -> None:
+    opened = open_native(make(), Settings(2, weights="int4", way="swapped"))
+    assert [packed.kind for packed in opened.step.packed][-1] == "int8"
+    assert {packed.kind for packed in opened.step.packed[:-1]} == {"int4"}

@@ -1,6 +1,8 @@
 // Products of packed weights with one to many columns of inputs, a block of 16 rows and a few columns at a time.
 #pragma once
 
+#include <vector>
+
 #include "interface.h"
 #include "lanes.h"
 
@@ -18,6 +20,25 @@ struct Inputs {
     int32_t* offsets;  // the same of −128·Σ rounded
 
     size_t first_scale(int token) const { return size_t(token / LANES) * (inner / GROUP) * LANES + token % LANES; }
+};
+
+// Room for them, which grows to the largest product.
+struct Buffers {
+    std::vector<float> values, scales;
+    std::vector<int8_t> rounded;
+    std::vector<int32_t> offsets;
+
+    Inputs of(int inner, int tokens) {
+        // Scales lie by sixteen tokens, and whole tiles of inputs are read.
+        const size_t all = size_t(tokens + LANES - 1) / LANES * LANES * inner;
+        if (values.size() < all) {
+            values.resize(all);
+            rounded.resize(all);
+            scales.resize(all / GROUP);
+            offsets.resize(all / GROUP);
+        }
+        return {inner, values.data(), rounded.data(), scales.data(), offsets.data()};
+    }
 };
 
 static inline bool is_integer(const Matrix& w) { return w.kind == INT8 || w.kind == INT4; }

@@ -35,17 +35,15 @@ class Pool {
 
     // Runs `task(thread)` on every thread that works now, the caller's included, and returns when all have ended.
     void run(const std::function<void(int)>& task) {
-        choose_threads();
+        {
+            std::lock_guard<std::mutex> lock(mutex_);  // a worker that wakes late sees one round's task and threads, not two's
+            choose_threads();
+            task_ = &task;
+            if (threads_ > 1) round_.fetch_add(1, std::memory_order_release);
+        }
         const auto began = Clock::now();
         waited_ = 0;
-        if (threads_ > 1) {
-            {
-                std::lock_guard<std::mutex> lock(mutex_);
-                task_ = &task;
-                round_.fetch_add(1, std::memory_order_release);
-            }
-            wake_.notify_all();
-        }
+        if (threads_ > 1) wake_.notify_all();
         task(0);
         barrier();
         took_ = Clock::now() - began;
@@ -53,9 +51,10 @@ class Pool {
 
     // All threads of a task have come this far, and see what the others wrote.
     void barrier() {
-        if (threads_ == 1) return;
+        const int all = threads_;  // read before arriving: afterwards the run may end, and another number work in the next
+        if (all == 1) return;
         const uint32_t phase = phase_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == all) {
             arrived_.store(0, std::memory_order_relaxed);
             phase_.store(phase + 1, std::memory_order_release);
             return;
@@ -85,7 +84,7 @@ class Pool {
             slow_ = PATIENCE - 1;  // a single slow run sends it out again
             return;
         }
-        slow_ = waited_ * 3 > took_.count() ? slow_ + 1 : 0;
+        slow_ = waited_ * 3 > took_.count() * (most_ - 1) ? slow_ + 1 : 0;
         if (slow_ == 0) out_ = OUT;
         if (slow_ < PATIENCE || most_ == 1) return;
         threads_ = most_ - 1;
@@ -108,7 +107,8 @@ class Pool {
     void work(int index) {
         uint32_t seen = 0;
         for (;;) {
-            for (int tries = 0; tries < WAITING && round_.load(std::memory_order_acquire) == seen; tries++) relax();
+            const int patience = index < threads_ ? WAITING : 0;  // one that is left out leaves its core
+            for (int tries = 0; tries < patience && round_.load(std::memory_order_acquire) == seen; tries++) relax();
             {
                 std::unique_lock<std::mutex> lock(mutex_);
                 wake_.wait(lock, [&] { return closing_ || round_.load(std::memory_order_relaxed) != seen; });

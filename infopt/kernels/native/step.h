@@ -16,23 +16,6 @@ namespace INFOPT_ISA {
 // Tokens up to which every thread prepares all inputs of a product for itself, instead of a share of them and a barrier.
 constexpr int FEW = 2;
 
-struct Buffers {
-    std::vector<float> values, scales;
-    std::vector<int8_t> rounded;
-    std::vector<int32_t> offsets;
-
-    Inputs of(int inner, int tokens) {
-        const size_t all = size_t(padded(tokens)) * inner;  // scales lie by sixteen tokens, and whole tiles of inputs are read
-        if (values.size() < all) {
-            values.resize(all);
-            rounded.resize(all);
-            scales.resize(all / GROUP);
-            offsets.resize(all / GROUP);
-        }
-        return {inner, values.data(), rounded.data(), scales.data(), offsets.data()};
-    }
-};
-
 struct Best {
     float first = -INFINITY, second = -INFINITY;
     int32_t index = 0;

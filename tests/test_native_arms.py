@@ -1,0 +1,98 @@
+"""What an arm under the native engine is opened as: whole, swapped or stock, with its drafts, and what is said of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from infopt import arms, pipeline
+from infopt.errors import InputError
+from infopt.protocols import Request
+from infopt.settings import LoadOptions
+
+CPU = LoadOptions(device="cpu")
+PROMPT = tuple(ord(letter) % 250 for letter in "the cat sat on the mat, the cat sat on the ")
+
+
+def opened(model: str, *overrides: str) -> tuple[Any, Any]:
+    spec = arms.spec(model, None, overrides)
+    bundle = pipeline.open_arm(spec, "cpu", CPU)
+    return bundle, pipeline.engine(bundle, spec.recipe)
+
+
+def text(engine: Any, new: int = 20) -> tuple[int, ...]:
+    return tuple(engine.generate([Request("0", PROMPT, new)]).output_ids[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "way", "said"),
+    [
+        ("tiny", "native", "native engine: whole steps, "),
+        ("tiny-gemma3", "native", "native engine: whole steps, "),
+        ("tiny-moe", "native", "native engine: transformers' modules, "),
+    ],
+)
+def test_each_kind_is_run_the_fastest_way_that_fits(model: str, way: str, said: str) -> None:
+    _, engine = opened(model, "cache.dtype=float32")
+    stock = opened(model, "engine.name=transformers")[1]
+    assert (engine.name, stock.name) == (way, "transformers")
+    assert engine.notes[0].startswith(said)
+    assert stock.notes == ("stock generate of transformers",)
+    assert text(engine) == text(stock)
+
+
+def test_layers_of_another_library_fall_to_stock_generate_with_one_line() -> None:
+    spec = arms.spec("tiny", "nf4", ["engine.name=native", "engine.dtype=float32"])
+    bundle = pipeline.build(pipeline.resolve("tiny", CPU), spec.recipe, "cpu", options=CPU)[0]
+    lines: list[str] = []
+    found = pipeline.natively(bundle, spec.recipe, "cpu", CPU, lines.append)
+    engine = pipeline.engine(found, spec.recipe)
+    assert engine.name == "transformers"
+    assert len(engine.notes) == 1
+    assert engine.notes[0].startswith("stock generate of transformers; the native engine does not fit: whole steps do not fit: ")
+    assert lines[-1] == engine.notes[0]
+    assert len(text(engine, 4)) == 4
+
+
+def test_another_device_falls_to_stock_generate() -> None:
+    spec = arms.spec("tiny", None)
+    bundle = pipeline.open_arm(arms.spec("tiny", "baseline"), "cpu", CPU)
+    found = pipeline.natively(bundle, spec.recipe, "cuda", CPU)
+    assert found.model is bundle.model
+    assert found.notes == ("stock generate of transformers; the native engine does not fit: it runs on CPUs, not on cuda",)
+    with pytest.raises(InputError, match="draft 'self' needs the native engine: it runs on CPUs"):
+        pipeline.natively(bundle, arms.spec("tiny", None, ["speculative.draft=self"]).recipe, "cuda", CPU)
+
+
+@pytest.mark.parametrize("draft", ["self", "auto", "tiny-qwen2", "tiny-gemma3", "tiny-moe"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_drafts_of_any_model_with_the_same_tokens(draft: str, temperature: float) -> None:
+    """tiny-gemma3 has the same tokenizer and a larger table: what the target does not have is never drafted."""
+    settings = (f"speculative.draft={draft}", f"sampling.temperature={temperature}", "cache.dtype=float32")
+    engine = opened("tiny", *settings, *(["speculative.among=[tiny-qwen2]"] if draft == "auto" else ["speculative.tokens=3"]))[1]
+    found = text(engine)
+    assert len(found) == 20
+    if temperature == 0:
+        assert found == text(opened("tiny", "cache.dtype=float32")[1])
+    if draft == "auto":
+        assert "tiny-qwen2 " in engine.notes[-1]
+
+
+def test_a_smaller_table_drafts_for_a_larger_one() -> None:
+    engine = opened("tiny-gemma3", "speculative.draft=tiny", "speculative.tokens=3", "cache.dtype=float32")[1]
+    assert text(engine) == text(opened("tiny-gemma3", "cache.dtype=float32")[1])
+
+
+@pytest.mark.demo
+def test_a_draft_that_knows_other_tokens_is_refused(demo_folder: object) -> None:
+    with pytest.raises(
+        InputError, match=r"speculative.draft: demo knows other tokens than the model \(\d+ against \d+"
+    ) as caught:
+        opened("tiny", "speculative.draft=demo")
+    assert "prompt_lookup" in (caught.value.hint or "")
+
+
+def test_stock_generate_takes_no_other_draft() -> None:
+    with pytest.raises(InputError, match="draft 'self'; allowed here: prompt_lookup"):
+        opened("tiny", "engine.name=transformers", "speculative.draft=self")
