@@ -237,8 +237,10 @@ def opened(subject: Subject) -> tuple[Bundle, bool]:
         if subject.format != "folder" or not source.rounds_activations:
             return source.bundle, False
         source.close()
-    engine = recipe.load(str(subject.path / "recipe.yaml"), techniques.find).engine
-    return pipeline.reopen(subject.path, engine, "cpu", OPTIONS), True
+    stock = pipeline.in_stock(
+        recipe.load(str(subject.path / "recipe.yaml"), techniques.find)
+    )  # which rounds what the format says
+    return pipeline.reopen(subject.path, stock.engine, "cpu", OPTIONS), True
 
 
 def ask(reader: Reader, request: dict[str, Any], work: Path) -> dict[str, Any]:

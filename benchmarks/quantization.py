@@ -116,7 +116,8 @@ class Bench:
         )
         assert folder is not None
         made = read_artifact(folder)
-        bundle = pipeline.open_arm(ArmSpec(name, str(folder), chosen, is_artifact=True), "cpu", OPTIONS)
+        stock = ArmSpec(name, str(folder), pipeline.in_stock(chosen), is_artifact=True)  # what the format itself gives
+        bundle = pipeline.open_arm(stock, "cpu", OPTIONS)
         stored, model = iter(self.reference), bundle.model
         found = fidelity.compare_models(
             lambda ids: next(stored), lambda ids: model(input_ids=ids, use_cache=False).logits, self.windows

@@ -233,7 +233,7 @@ class _Build:
         gc.collect()
         self.progress("loading back")
         checks = [self._check_plain(stored, ids, tolerance, dtype)]
-        saved = pipeline.as_stored(self.recipe)
+        saved = pipeline.in_stock(pipeline.as_stored(self.recipe))
         is_reopened = any(type(t).reopen is not Technique.reopen for t in self.techniques)
         if at_load is not None or is_reopened or checks[0].refusal:
             at_load_steps = range(first, len(self.techniques))

@@ -110,6 +110,11 @@ def as_stored(chosen: Recipe) -> Recipe:
     return replace(chosen, engine=chosen.engine.model_copy(update={"dtype": "auto"}))
 
 
+def in_stock(chosen: Recipe) -> Recipe:
+    """The recipe in transformers' own modules, whatever engine it names."""
+    return replace(chosen, engine=chosen.engine.model_copy(update={"name": "transformers"}))
+
+
 def predict(chosen: Recipe, model_shapes: Shapes, loaded: Prediction, machine: Machine) -> list[tuple[str, Prediction]]:
     """What every step will cost, by name, from the model as `loaded`."""
     rows = []
@@ -245,8 +250,10 @@ def finish(folder: Path, chosen: Recipe, at_load: Sequence[int], device: str, op
     for index, technique in enumerate(found):
         if index in at_load:
             bundle = technique.apply(bundle, context)
-        elif chosen.engine.name != NATIVE:  # which packs what was stored
+        elif chosen.engine.name != NATIVE or technique.reopens_always:
             bundle = technique.reopen(bundle)
+        else:
+            bundle = replace(bundle, undone=(*bundle.undone, technique.reopen))
     return replace(bundle, steps=tuple(step.name for step in chosen.steps))
 
 
@@ -280,7 +287,9 @@ def natively(bundle: Bundle, chosen: Recipe, device: str, options: LoadOptions, 
             raise InputError(f"draft {chosen.speculative.draft!r} needs the native engine: {error}") from None
         note = f"stock generate of transformers; the native engine does not fit: {error}"
         progress(note)
-        return replace(bundle, notes=(note,))
+        for reopen_it in bundle.undone:
+            bundle = reopen_it(bundle)
+        return replace(bundle, notes=(note,), undone=())
     for line in opened.notes[1:]:
         progress(line)
     for name in chosen.speculative.models if chosen.speculative else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +54,20 @@ def test_layers_of_another_library_fall_to_stock_generate_with_one_line() -> Non
     assert engine.notes[0].startswith("stock generate of transformers; the native engine does not fit: whole steps do not fit: ")
     assert lines[-1] == engine.notes[0]
     assert len(text(engine, 4)) == 4
+
+
+def test_what_an_artifact_needs_in_stock_generate_is_done_where_the_native_engine_does_not_fit(tmp_path: Path) -> None:
+    from infopt import optimize
+    from infopt.layers.int8_linear import Int8Linear
+
+    spec = arms.spec("tiny", "int8", ["engine.way=whole"])
+    optimize.optimize("tiny", spec.recipe, tmp_path / "out", CPU)
+    made = arms.spec(str(tmp_path / "out"), None)
+    assert pipeline.open_arm(made, "cpu", CPU).notes[0].startswith("native engine: whole steps, ")
+    bundle = pipeline.reopen(tmp_path / "out", made.recipe.engine, "cpu", CPU)
+    assert not any(isinstance(module, Int8Linear) for module in bundle.model.modules())
+    found = pipeline.natively(bundle, made.recipe, "cuda", CPU)
+    assert any(isinstance(module, Int8Linear) for module in found.model.modules())
 
 
 def test_another_device_falls_to_stock_generate() -> None:

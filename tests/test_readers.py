@@ -49,7 +49,7 @@ def test_what_the_reason_advises_helps(refused: tuple[Path, Artifact]) -> None:
 
     out, _ = refused
     plain = load.load(pipeline.resolve(str(out), CPU), LoadPlan(dtype="bfloat16", is_plain=True))
-    opened = pipeline.open_arm(arms.spec(str(out), None), "cpu", CPU)
+    opened = pipeline.open_arm(arms.spec(str(out), None, ["engine.name=transformers"]), "cpu", CPU)
     ids = optimize.probe_ids(opened)
     difference = (optimize.probe(opened, ids) - optimize.probe(plain, ids)).abs().max()
     assert opened.model.dtype is torch.float32

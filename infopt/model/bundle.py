@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,9 @@ class Bundle:
     `save_config` is the `quantization_config` dict to write into the saved `config.json` when a technique packs
     weights itself; `packed` maps a module's dotted name to the tensors to store in place of its `weight`. `files`: what a
     technique has to say beside the weights, name → text. `adapter`: LoRA weights that stay beside the others, under the
-    names that peft stores them by; their `adapter_config.json` is among `files`. `notes`: how an engine runs it, a line each.
+    names that peft stores them by; their `adapter_config.json` is among `files`.
+    `notes`: how an engine runs it, a line each. `undone`: what has to be done for transformers' modules to run it, left out for
+    the native engine.
     """
 
     model: PreTrainedModel
@@ -35,10 +37,11 @@ class Bundle:
     files: dict[str, str] = field(default_factory=dict)
     adapter: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    undone: tuple[Callable[[Bundle], Bundle], ...] = ()
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.model.device
 
     def resident_bytes(self) -> int:
         """Bytes of all parameters and buffers held now, tied tensors counted once, packed ones as packed."""

@@ -142,7 +142,7 @@ def _block(layer: Any, config: Any, kind: str, rotary: str) -> Block:
     qkv = _parts(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
     gate_up = _parts(feed, ("gate_proj", "up_proj"), "gate_up_proj")
     _parts(attention, ("o_proj",)), _parts(feed, ("down_proj",))
-    _refuse(attention, {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"})
+    _refuse(attention, {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "rotary_emb", "kv_cache"})
     _refuse(feed, {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"})
     _refuse(
         layer,

@@ -12,6 +12,9 @@ from infopt.protocols import Sampling
 from infopt.runtime.sampling import draw, probabilities
 from infopt.runtime.steps import Run, Step
 
+#: Tokens that a drafting model may lack of a text before it reads them by themselves.
+BEHIND = 16
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -49,6 +52,10 @@ class Drafter(Protocol):
         """What is kept for a row."""
         ...
 
+    def catch_up(self, wanted: Sequence[Wanted]) -> None:
+        """Reads what a drafter has not seen of long texts, a prompt for one, which is no cost of a drafted token."""
+        ...
+
     def propose(self, wanted: Sequence[Wanted]) -> list[Draft]: ...
 
     def close(self, state: Any) -> None: ...
@@ -75,6 +82,8 @@ class PromptLookup:
 
     def open(self) -> Seen:
         return Seen()
+
+    def catch_up(self, wanted: Sequence[Wanted]) -> None: ...
 
     def propose(self, wanted: Sequence[Wanted]) -> list[Draft]:
         return [self._proposed(each.state, each.ids, each.most) for each in wanted]
@@ -120,6 +129,16 @@ class ModelDraft:
 
     def open(self) -> Ahead:
         return Ahead(self.step.open())
+
+    def catch_up(self, wanted: Sequence[Wanted]) -> None:
+        behind = [each for each in wanted if self._most(each) > 0 and len(each.ids) - len(each.state.ids) > BEHIND]
+        runs = []
+        for each in behind:
+            same = self._cut_to(each)
+            each.state.ids = list(each.ids[:-1])
+            runs.append(Run(each.state.sequence, each.ids[same:-1]))
+        if runs:
+            self.step.run(runs, want_logits=False)
 
     def propose(self, wanted: Sequence[Wanted]) -> list[Draft]:
         going = [_Going(each, self._most(each), self.shared, self.vocabulary) for each in wanted]

@@ -74,6 +74,6 @@ def swap(model: nn.Module, threads: int, weights: Wanted, head: Wanted) -> list[
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Floating point, compressed-tensors, or int8 with a scale per row."""
-    is_int8 = hasattr(module, "weight_scale") and hasattr(module, "in_features")
-    return isinstance(module, nn.Linear) or hasattr(module, "quantization_scheme") or is_int8
+    """Floating point, compressed-tensors, or int8 with a scale per row. Attention may have a scheme too: of its cache."""
+    is_packed = hasattr(module, "quantization_scheme") or hasattr(module, "weight_scale")
+    return isinstance(module, nn.Linear) or (is_packed and hasattr(module, "in_features"))

@@ -165,9 +165,8 @@ class Loop:
         return rows
 
     def _advance(self, active: list[Row], rows: list[Row]) -> Told:
+        drafted_s = self._draft(active)
         began = self.now()
-        self._draft(active)
-        drafted_s = self.now() - began
         runs = [Run(row.sequence, (row.ids[-1], *row.draft.tokens), bool(row.draft.tokens)) for row in active]
         found = self.step.run(runs, want_logits=any(self._needs_logits(row.ask) for row in active))
         told, position = Told(0.0, [0] * len(rows)), 0
@@ -180,21 +179,30 @@ class Loop:
             position += drafted + 1
         told.drafts = [(drafted, kept) for _, drafted, kept in seen if drafted]
         if self.drafter:
-            self.length.saw(seen, self.now() - began - drafted_s, drafted_s)
+            self.length.saw(seen, self.now() - began, drafted_s)
         return told
 
-    def _draft(self, active: list[Row]) -> None:
-        """Gives each row as much of what the drafter proposes as pays, leaving room for the token that follows it."""
+    def _draft(self, active: list[Row]) -> float:
+        """Gives each row as much of what the drafter proposes as pays, leaving room for the token that follows it.
+
+        Returns how many seconds proposing took.
+        """
         if self.drafter is None:
-            return
+            return 0.0
         most = self.length.most if self.drafter.is_free else self.length.choose(0, len(active))
         rooms = [min(most, row.ask.max_new_tokens - len(row.answer.ids) - 1) for row in active]
         wanted = [Wanted(row.state, row.ids, room, row.source, row.ask.sampling) for row, room in zip(active, rooms, strict=True)]
-        for row, proposed in zip(active, self.drafter.propose(wanted) if any(rooms) else [Draft()] * len(active), strict=True):
+        if any(rooms):
+            self.drafter.catch_up(wanted)
+        began = self.now()
+        drafts = self.drafter.propose(wanted) if any(rooms) else [Draft()] * len(active)
+        seconds = self.now() - began
+        for row, proposed in zip(active, drafts, strict=True):
             count = len(proposed.tokens)
             if self.drafter.is_free and count:
                 count = min(self.length.choose(proposed.kind, len(active)), count)
             row.draft = Draft(proposed.tokens[:count], proposed.proposed[:count], proposed.kind)
+        return seconds
 
     def _needs_logits(self, ask: Ask) -> bool:
         return ask.sampling.temperature > 0 or ask.sampling.repetition_penalty != 1 or ask.keep_logprobs

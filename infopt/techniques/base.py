@@ -48,6 +48,9 @@ class Technique:
     """True when there is no loadable file format: the artifact stores the weights from before this step, and the
     step runs again whenever the artifact is opened."""
 
+    reopens_always: ClassVar[bool] = False
+    """True when `reopen` has to be done under the native engine too."""
+
     is_record: ClassVar[bool] = False
     """True when the model answers as before: what the step writes is for other engines."""
 
@@ -85,7 +88,10 @@ class Technique:
         return before
 
     def reopen(self, bundle: Bundle) -> Bundle:
-        """After an artifact of this technique was loaded the plain way: swap in the layers that run it faster."""
+        """After an artifact of this technique was loaded the plain way: swap in the layers that run it faster.
+
+        The native engine packs what was stored, so there it is left undone, unless `reopens_always`.
+        """
         return bundle
 
 

@@ -48,6 +48,7 @@ class KvCache(Technique):
 
     Options = KvCacheOptions
     needs = Needs(modules=("compressed_tensors",), calibration=True)
+    reopens_always = True
     is_record: ClassVar = True
     walks = True
     options: KvCacheOptions

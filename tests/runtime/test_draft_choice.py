@@ -13,6 +13,7 @@ from infopt.engines.native import NativeEngine
 from infopt.errors import InputError
 from infopt.protocols import Request
 from infopt.runtime import draft_choice
+from infopt.runtime.draft_length import DraftLength
 from infopt.runtime.drafts import Draft, ModelDraft, Wanted
 from infopt.runtime.loop import Ask, Loop
 from infopt.runtime.native_model import NativeModel, Settings, open_native
@@ -48,6 +49,8 @@ class Known:
         self.text, self.wrong = list(text), wrong
 
     def open(self) -> None: ...
+
+    def catch_up(self, wanted: Sequence[Wanted]) -> None: ...
 
     def propose(self, wanted: Sequence[Wanted]) -> list[Draft]:
         return [self._draft(len(each.ids), each.most) for each in wanted]
@@ -150,3 +153,12 @@ def test_auto_leaves_out_what_the_model_has_no_layers_for(opened: Callable[..., 
     assert len(engine.notes) == 1, "a single token decides nothing"
     engine.generate([Request("0", PROMPT, 12)])
     assert "prompt_lookup" in engine.notes[-1]
+
+
+def test_reading_a_long_prompt_is_no_cost_of_a_drafted_token(double: DoubleStep) -> None:
+    target, draft = Clock(double, each=0.05), Clock(double, each=1.0)
+    draft.time = 0.0
+    length = DraftLength(4, is_fixed=True)
+    prompt = tuple(range(100))
+    Loop(target, ModelDraft(draft), length, lambda: target.time + draft.time).run([Ask(prompt, 9)])
+    assert length.draft_s <= 2.0, "a second for each token, and one for what was accepted before"

@@ -31,6 +31,8 @@ class Adversary:
 
     def open(self) -> None: ...
 
+    def catch_up(self, wanted: Sequence[Wanted]) -> None: ...
+
     def propose(self, wanted: Sequence[Wanted]) -> list[Draft]:
         return [self.draft(len(each.ids), each.most) for each in wanted]
 

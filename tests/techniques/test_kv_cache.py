@@ -110,7 +110,10 @@ def test_it_follows_a_weight_step(first: Any, tmp_path: Path) -> None:
     assert config["kv_cache_scheme"]["num_bits"] == 8
     assert config["config_groups"]["group_0"]["weights"]["num_bits"] in (4, 8)
     assert document.load_back[-1].max_abs_logit_difference == pytest.approx(0, abs=1e-4)
-    opened = pipeline.open_arm(arms.spec(str(tmp_path / "out"), None), "cpu", LoadOptions(device="cpu"))
+    for engine in ("native", "transformers"):
+        spec = arms.spec(str(tmp_path / "out"), None, [f"engine.name={engine}"])
+        opened = pipeline.open_arm(spec, "cpu", LoadOptions(device="cpu"))
+        assert bool(opened.notes) == (engine == "native")
     ids = torch.tensor([[5, 6, 7, 8]])
     out = opened.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert out.shape == (1, 8)
