@@ -50,7 +50,8 @@ def test_the_honest_int8_keeps_the_model(found: Comparison) -> None:
     ratio = found.arm("int8").figures["ppl_ratio"]
     assert ratio.value is not None
     assert 0.99 < ratio.value <= 1.01
-    assert {each.figure: each for each in found.judgements["int8"] if each.gate}["ppl_ratio"].verdict == "PASS"
+    judged = {each.figure: each for each in found.judgements["int8"] if each.gate}["ppl_ratio"]
+    assert judged.verdict == "PASS", judged
 
 
 def test_the_baseline_against_itself_is_the_same_model(found: Comparison) -> None:
