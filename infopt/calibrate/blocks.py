@@ -214,7 +214,7 @@ def walk(bundle: Bundle, context: Context, ignore: Iterable[str], work: Work) ->
         home = next(module.parameters()).device
         module.to(device)
         block = Block(index, f"{name}.{index}", module, inputs, arguments[index], device, tuple(ignore))
-        with OneDnn():
+        with OneDnn(rounded=True):
             work(block)
             if index + 1 < len(blocks):
                 block.advance()

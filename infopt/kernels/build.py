@@ -31,8 +31,9 @@ AVX512 = (
     {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
     ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
 )
+AMX = ("-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 X86 = {
-    "amx": (AVX512[0] | {"amx_tile", "amx_int8"}, (*AVX512[1], "-mamx-tile", "-mamx-int8")),
+    "amx": (AVX512[0] | {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}, (*AVX512[1], *AMX)),
     "avx512": AVX512,
     "avx2": ({"avx2", "fma", "f16c"}, ("-mavx2", "-mfma", "-mf16c")),
     "plain": (set[str](), ()),

@@ -67,7 +67,7 @@ class CModel(Structure):
 
 class CBatch(Structure):
     _fields_ = (
-        *((name, c_int32) for name in ("tokens", "runs", "outputs", "check")),
+        *((name, c_int32) for name in ("tokens", "runs", "outputs", "check", "is_prompt")),
         ("ids", POINTER(c_int32)),
         ("run_start", POINTER(c_int32)),
         ("run_position", POINTER(c_int32)),
@@ -89,7 +89,7 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "infopt_close": (None, (c_void_p,)),
     "infopt_step": (None, (c_void_p, POINTER(CBatch))),
     "infopt_pack": (None, (POINTER(CMatrix), POINTER(CSource), c_int32, c_int32, c_int32)),
-    "infopt_multiply": (None, (c_void_p, POINTER(CMatrix), c_void_p, c_int32, c_void_p)),
+    "infopt_multiply": (None, (c_void_p, POINTER(CMatrix), c_void_p, c_int32, c_void_p, c_int32)),
     "infopt_read_seconds": (c_double, (c_void_p, c_void_p, c_int64)),
 }
 

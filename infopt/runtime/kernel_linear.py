@@ -23,6 +23,7 @@ class Products:
         # No layer of it is ever run: only products are asked for.
         self._model = CModel(hidden=32, heads=1, kv_heads=1, head_dim=16, layer=ctypes.pointer(self._layer))
         self.engine = ctypes.c_void_p(self.library.infopt_open(ctypes.byref(self._model), threads))
+        self.is_prompt = False
 
     def __del__(self) -> None:
         if getattr(self, "engine", None):
@@ -45,10 +46,10 @@ class KernelLinear(nn.Module):
         flat = x.reshape(-1, self.in_features).to(torch.float32)
         missing = self.packed.padded_inner - self.in_features
         flat = torch.nn.functional.pad(flat, (0, missing)) if missing else flat.contiguous()
-        tokens = flat.shape[0]
+        tokens, products = flat.shape[0], self._products
         out = torch.empty(tokens, self.packed.padded_rows)
         if tokens:
-            self._multiply(self._products.engine, self._at, flat.data_ptr(), tokens, out.data_ptr())
+            self._multiply(products.engine, self._at, flat.data_ptr(), tokens, out.data_ptr(), products.is_prompt)
         return out[:, : self.out_features].view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 

@@ -162,6 +162,7 @@ class WholeStep:
         batch = call.batch
         batch.logits = self._logits.data_ptr() if want_logits and outputs else None
         batch.check, batch.bad_layer = int(check), -1
+        batch.is_prompt = tokens > len(runs) and not any(run.all_logits for run in runs)
         self._library.infopt_step(self._engine, call.pointer)
         margins = call.margins[:outputs]
         if any(margin != margin for margin in margins):
@@ -240,7 +241,7 @@ class _Call:
         self.tables, self.wanted = (Pointers * runs)(), (ints * max(1, outputs))()
         self.largest, self.margins = (ints * max(1, outputs))(), (floats * max(1, outputs))()
         self.batch = CBatch(
-            tokens, runs, outputs, 0, self.ids, self.starts, self.positions, self.tables, self.wanted, None, self.largest,
+            tokens, runs, outputs, 0, 0, self.ids, self.starts, self.positions, self.tables, self.wanted, None, self.largest,
             self.margins, -1,
         )  # fmt: skip
         self.pointer = ctypes.byref(self.batch)

@@ -13,7 +13,7 @@ from infopt.protocols import Context, Machine, Prediction, Shapes
 from infopt.techniques.base import GridOptions, GridTechnique, Needs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 #: Shares of a group's range that clipping tries, and the mean |x| up to which a channel is silent (the paper's code).
 CUTS = tuple(1 - step / 20 for step in range(10))
 SILENT = 1e-4
+TINY = 1e-6
 
 
 class AwqOptions(GridOptions):
@@ -35,17 +36,18 @@ class Awq(GridTechnique):
     """Scales weights that meet large activations up before rounding, and the activations down, so that rounding costs less.
 
     Lin et al., AWQ, arXiv 2306.00978. Q(W·diag(s))·(diag(s)⁻¹·x) rounds what is read from channel j about s_j times finer,
-    as long as s moves the range of no group. For each input of a block s = mean|x|^α, with the one α for which the layers
-    that read it change their outputs least on calibration tokens; diag(s)⁻¹ goes into what makes the input, a norm or a
-    linear layer, and costs nothing at run time. Each group's range is cut where that costs the output less. The cost of
-    an error Δ is tr(Δ·H·Δᵀ) with H = 2·E[x·xᵀ] of all tokens, so no token is run again. Two things differ from the
-    paper's code, both for less error: α is judged with ranges cut, not before, and groups of a row are cut with the
-    others' errors in view, not each by itself. Minutes on a small model; the artifact is that of `rtn`, with other norms.
+    as long as s moves the range of no group. For each input of a block s is mean|x|^α, or that ÷ w^(1 − α) with w how near a
+    column comes to the ranges of its groups, whichever form and α change the outputs of the layers that read it least on
+    calibration tokens; diag(s)⁻¹ goes into what makes the input, a norm or a linear layer, and costs nothing at run time.
+    Each group's range is cut where that costs the output less. The cost of an error Δ is tr(Δ·H·Δᵀ) with H = 2·E[x·xᵀ] of
+    all tokens, so no token is run again. Three things differ from the paper's code, all for less error: s may follow the
+    weights too, α is judged with ranges cut, not before, and groups of a row are cut with the others' errors in view, not
+    each by itself. Minutes on a small model; the artifact is that of `rtn`, with other norms.
 
     bits         2, 3, 4 or 8 per weight, default 4.
     group_size   input features that share a scale, ≥ 8, default 64; must divide every layer's inputs. null: per row.
     symmetric    true (default): q·scale. false: (q − zero)·scale, closer at 3 bits and below.
-    points       values of α tried for each input, 0, 1/points, … below 1; default 10. 1: no scaling.
+    points       values of α tried for each input in either form, 0, 1/points, … below 1; default 10. 1: no scaling.
     clip         cut ranges, by up to 45 %; default true.
     scale_dtype  what scales are stored in: auto (the model's dtype, default), float32, bfloat16, float16.
     ignore       modules that are not rounded, as globs or last parts; default [lm_head]. One that shares its input with
@@ -106,7 +108,7 @@ class Awq(GridTechnique):
         layers, rate, points = grid.chosen(shapes, self.options.ignore), machine.read_bytes_per_s, self.options.points
         step = grid.predict(self._grid, layers, shapes, before, machine)
         if step.seconds is not None and rate:
-            tried = points * len(CUTS[::2]) + 2 * len(CUTS) if self.options.clip else points
+            tried = 2 * points * len(CUTS[::2]) + 2 * len(CUTS) if self.options.clip else 2 * points
             moved = tried * grid.TRAFFIC_BYTES * sum(out * inner for out, inner in layers.values())
             step = replace(step, seconds=step.seconds + moved / rate)
         return passes.add(step, before, shapes, self.calibration_tokens, machine, passes=2)
@@ -115,24 +117,35 @@ class Awq(GridTechnique):
 def best_scale(
     weight: torch.Tensor, hessian: torch.Tensor, mean: torch.Tensor, fold: Fold, rule: Grid, points: int, clip: bool
 ) -> torch.Tensor:
-    """s = mean|x|^α, float32 [in], with the α in {0, 1/points, …} that costs least once W·s is cut and rounded.
+    """s, float32 [in], of those tried the one that costs least once W·s is cut and rounded.
 
-    AWQ, equations 4 and 5. `weight` [out, in] of all layers that read the input; `hessian` 2·E[x·xᵀ], so that the cost
-    E‖(Q(W·s)/s − W)·x‖² is half of tr(Δ·H·Δᵀ). α = 0 scales nothing.
+    `weight` [out, in] of all layers that read the input; `hessian` 2·E[x·xᵀ], so that the cost E‖(Q(W·s)/s − W)·x‖² is half
+    of tr(Δ·H·Δᵀ); `mean` |x| by channel.
     """
-    import torch
-
-    size = fold.tied(torch.where(mean > SILENT, mean, 1.0))  # a tiny s would blow up what makes a silent channel
-    best, least = size**0, float("inf")
-    for point in range(points):
-        scale = size ** (point / points)
-        scale = scale / (scale.max() * scale.min()).sqrt()
+    best, least = mean, float("inf")
+    for scale in tried_scales(weight, mean, fold, rule, points):
         scaled = weight * scale
         shrink = best_cut(scaled, hessian, rule, CUTS[::2], scale) if clip else 1.0
         found = cost(to_nearest(scaled, rule, shrink).div_(scale) - weight, hessian)
         if found < least:
             best, least = scale, found
     return best
+
+
+def tried_scales(weight: torch.Tensor, mean: torch.Tensor, fold: Fold, rule: Grid, points: int) -> Iterator[torch.Tensor]:
+    """mean|x|^α for α in {0, 1/points, …} (AWQ, equation 5), then mean|x|^α ÷ w^(1 − α) for α > 0, each around 1.
+
+    w is how near a column's weights come to the ranges of their groups: those that are near must not be scaled up.
+    """
+    import torch
+
+    size = fold.tied(torch.where(mean > SILENT, mean, 1.0))  # a tiny s would blow up what makes a silent channel
+    groups = weight.abs().view(len(weight), -1, rule.group_size or weight.shape[1])
+    near = fold.tied((groups / groups.amax(-1, keepdim=True).clamp(min=TINY)).mean(0).flatten().clamp(min=TINY))
+    for form, spread in enumerate((torch.ones_like(near), near)):
+        for point in range(form, points):
+            scale = size ** (point / points) / spread ** (1 - point / points)
+            yield scale / (scale.max() * scale.min()).sqrt()
 
 
 def best_cut(

@@ -213,7 +213,7 @@ static void check_products(const Library& library) {
             for (int tokens : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 35}) {
                 const float* x = numbers(size_t(tokens) * w.inner, 3);
                 std::vector<float> y(size_t(tokens) * stride), real;
-                library.multiply(engine, &w, x, tokens, y.data());
+                library.multiply(engine, &w, x, tokens, y.data(), 0);
                 for (int t = 0; t < tokens; t++) real.insert(real.end(), &y[size_t(t) * stride], &y[size_t(t) * stride] + rows);
                 const std::string name = std::string(grid.name) + ", " + std::to_string(rows) + " rows, " + std::to_string(tokens);
                 print("multiply " + name + " tokens", real.data(), real.size());

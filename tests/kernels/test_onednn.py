@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from infopt.kernels import onednn
 from infopt.kernels.onednn import OneDnn
@@ -56,3 +56,28 @@ def test_outside_nothing_is_intercepted() -> None:
         pass
     with patch.object(onednn, "_linear", side_effect=AssertionError):
         linear(torch.randn(3, 8), torch.randn(4, 8))
+
+
+@pytest.mark.skipif(not onednn._has_tiles(), reason="this processor multiplies bfloat16 no faster")
+def test_operands_are_rounded_where_that_is_allowed_and_only_there() -> None:
+    x, weight = torch.randn(40, 64), torch.randn(32, 64)
+    exact, rounded = linear(x.double(), weight.double()), linear(x.bfloat16().double(), weight.bfloat16().double())
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    with OneDnn(rounded=True):
+        y = linear(x, weight)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
+    torch.testing.assert_close(y.double(), rounded, rtol=1e-5, atol=1e-5)
+    assert (y - exact).norm() < 5e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_attention_is_what_it_was(rounded: bool) -> None:
+    q, k, v = torch.randn(3, 1, 4, 20, 16)
+    mask = torch.zeros(20, 20).masked_fill(torch.ones(20, 20).triu(1).bool(), -torch.inf)
+    plain = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with OneDnn(rounded=rounded):
+        y = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        causal = scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert y.dtype == torch.float32
+    for found in (y, causal):
+        assert (found - plain).norm() < 1e-2 * plain.norm()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -26,20 +27,23 @@ class Threads:
         self._model = CModel(hidden=32, heads=1, kv_heads=1, head_dim=16, layer=ctypes.pointer(self._layer))
         self.engine = self.library.infopt_open(ctypes.byref(self._model), threads)
 
-    def multiply(self, weights: Packed, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, weights: Packed, x: torch.Tensor, is_prompt: bool = False) -> torch.Tensor:
         padded = torch.zeros(len(x), weights.padded_inner)
         padded[:, : weights.inner] = x
         out = torch.empty(len(x), weights.padded_rows)
         matrix = library.matrix(weights)
-        self.library.infopt_multiply(self.engine, ctypes.byref(matrix), padded.data_ptr(), len(x), out.data_ptr())
+        self.library.infopt_multiply(self.engine, ctypes.byref(matrix), padded.data_ptr(), len(x), out.data_ptr(), is_prompt)
         return out[:, : weights.rows]
 
 
+@cache
+def opened(isa: str) -> Threads:
+    return Threads(isa)
+
+
 @pytest.fixture(scope="module", params=ISAS)
-def threads(request: pytest.FixtureRequest) -> Iterator[Threads]:
-    made = Threads(request.param)
-    yield made
-    made.library.infopt_close(made.engine)
+def threads(request: pytest.FixtureRequest) -> Threads:
+    return opened(request.param)
 
 
 def test_the_library_is_built_for_the_set_that_it_says() -> None:
@@ -59,6 +63,56 @@ def test_any_shape(threads: Threads, kind: Kind, rows: int, inner: int, tokens: 
     x = torch.randn(tokens, inner, generator=source)
     wanted = packed.multiply(weights, x)
     assert threads.multiply(weights, x).sub(wanted).abs().max() <= 3e-6 * wanted.abs().max() + 1e-6
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this processor has no tiles")
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(["int8", "int4", "zeros"]), rows=st.integers(1, 70), inner=st.integers(1, 200),
+    tokens=st.integers(1, 40), seed=st.integers(0, 1 << 20),
+)  # fmt: skip
+def test_tiles_of_integers_change_no_bit(kind: Any, rows: int, inner: int, tokens: int, seed: int) -> None:
+    source = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, inner, generator=source)
+    if kind == "zeros":
+        q, zeros = (torch.randint(-8, 8, shape, generator=source) for shape in ((rows, inner), (rows, 1)))
+        weights = packed.pack_integers(q.to(torch.int8), torch.rand(rows, 1, generator=source), zeros, 4, None)
+    else:
+        weights = packed.pack(torch.randn(rows, inner, generator=source), kind)
+    tiled, lane_by_lane = (opened(isa).multiply(weights, x) for isa in ("amx", "avx512"))
+    assert torch.equal(tiled, lane_by_lane)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(KINDS), rows=st.integers(1, 70), inner=st.integers(1, 200), tokens=st.integers(20, 100),
+    has_bias=st.booleans(), seed=st.integers(0, 1 << 20),
+)  # fmt: skip
+def test_prompts_are_no_less_exact(
+    threads: Threads, kind: Kind, rows: int, inner: int, tokens: int, has_bias: bool, seed: int
+) -> None:
+    source = torch.Generator().manual_seed(seed)
+    weights = packed.pack(torch.randn(rows, inner, generator=source), kind)
+    if has_bias:
+        weights = weights.with_bias(torch.randn(rows, generator=source))
+    x = torch.randn(tokens, inner, generator=source)
+    bias = 0 if weights.bias is None else weights.bias[:rows].double()
+    exact = x.double() @ packed.dense(weights).double().T + bias
+    found, one_by_one = threads.multiply(weights, x, is_prompt=True), threads.multiply(weights, x)
+    if kind in ("float32", "bfloat16"):
+        assert (found - exact).abs().max() <= 3e-6 * exact.abs().max() + 1e-6
+    elif not torch.equal(found, one_by_one):  # both operands in bfloat16
+        rounded = x.bfloat16().double() @ packed.dense(weights).bfloat16().double().T + bias
+        assert (found - rounded).abs().max() <= 3e-6 * rounded.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_in_a_prompt_is_not_lost(threads: Threads, kind: Kind) -> None:
+    x = torch.ones(40, 64)
+    x[33, 40] = torch.nan
+    found = threads.multiply(packed.pack(torch.ones(20, 64), kind), x, is_prompt=True)
+    assert found[33].isnan().all()
+    assert found[[0, 32, 34]].isfinite().all()
 
 
 @pytest.mark.parametrize("group", [32, 64, None])

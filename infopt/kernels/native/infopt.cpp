@@ -24,8 +24,8 @@ void infopt_step(Engine* engine, Batch* batch) { engine->step.run(*batch); }
 void infopt_pack(const Matrix* to, const Source* from, int32_t first_block, int32_t every, int32_t threads) {
     pack_source(*to, *from, first_block, every, threads);
 }
-void infopt_multiply(Engine* engine, const Matrix* w, const float* x, int32_t tokens, float* y) {
-    engine->step.multiply(*w, x, tokens, y);
+void infopt_multiply(Engine* engine, const Matrix* w, const float* x, int32_t tokens, float* y, int32_t is_prompt) {
+    engine->step.multiply(*w, x, tokens, y, is_prompt);
 }
 double infopt_read_seconds(Engine* engine, const void* data, int64_t bytes) {
     return engine->step.read_seconds((const uint8_t*)data, bytes);

@@ -54,6 +54,7 @@ struct Model {
 // New tokens, run by run: the tokens of a run follow one another in one sequence.
 struct Batch {
     int32_t tokens, runs, outputs, check;  // outputs: rows of logits wanted; check: look for the first layer with a NaN
+    int32_t is_prompt;                     // sums may be made in ways that many tokens alone allow
     const int32_t* ids;                    // [tokens]
     const int32_t* run_start;              // [runs + 1] into tokens
     const int32_t* run_position;           // [runs]: position of a run's first token
@@ -78,6 +79,6 @@ void infopt_step(Engine* engine, Batch* batch);
 // `first_block`, the next ones the block `every` further on.
 void infopt_pack(const Matrix* to, const Source* from, int32_t first_block, int32_t every, int32_t threads);
 // y [tokens, rows padded to 16] = x [tokens, inner]·Wᵀ + bias, for tests and for linear layers by themselves
-void infopt_multiply(Engine* engine, const Matrix* w, const float* x, int32_t tokens, float* y);
+void infopt_multiply(Engine* engine, const Matrix* w, const float* x, int32_t tokens, float* y, int32_t is_prompt);
 double infopt_read_seconds(Engine* engine, const void* data, int64_t bytes);
 }

@@ -18,6 +18,9 @@ struct Inputs {
     int8_t* rounded;
     float* scales;     // [tokens / 16, inner / 32, 16]: side by side for the tokens that are multiplied together
     int32_t* offsets;  // the same of −128·Σ rounded
+    uint16_t* halves;  // [parts, tokens padded to 16, inner], bfloat16, for products of prompts
+    int parts;         // 0 for others
+    size_t apart;      // from one part to the next
 
     size_t first_scale(int token) const { return size_t(token / LANES) * (inner / GROUP) * LANES + token % LANES; }
 };
@@ -27,8 +30,10 @@ struct Buffers {
     std::vector<float> values, scales;
     std::vector<int8_t> rounded;
     std::vector<int32_t> offsets;
+    std::vector<uint16_t> halves;
 
-    Inputs of(int inner, int tokens) {
+    // `parts`: bfloat16 numbers that stand for an input in products of prompts, 0 for others.
+    Inputs of(int inner, int tokens, int parts = 0) {
         // Scales lie by sixteen tokens, and whole tiles of inputs are read.
         const size_t all = size_t(tokens + LANES - 1) / LANES * LANES * inner;
         if (values.size() < all) {
@@ -37,7 +42,8 @@ struct Buffers {
             scales.resize(all / GROUP);
             offsets.resize(all / GROUP);
         }
-        return {inner, values.data(), rounded.data(), scales.data(), offsets.data()};
+        if (halves.size() < parts * all) halves.resize(parts * all);
+        return {inner, values.data(), rounded.data(), scales.data(), offsets.data(), halves.data(), parts, all};
     }
 };
 
@@ -178,17 +184,22 @@ template <int COLUMNS>
 
 #if defined(__AMX_INT8__)
 #include "tiles_amx.h"
+#include "tiles_prompt.h"
 #else
 namespace INFOPT_ISA {
 constexpr int TILE = 1, LEAST_TILED = 1;  // no tiles
 static inline bool may_use_tiles() { return false; }
+enum class Tiles { NONE, INTEGERS, HALVES };
 struct Tiled {
-    explicit Tiled(bool) {}
+    Tiled(Tiles, int) {}
 };
-template <int KIND>
-static inline const int8_t* signed_weights(const Matrix&, int, int) { return nullptr; }
-template <bool HAS_ZEROS>
-static inline void tile_tokens(const Matrix&, const int8_t*, const Inputs&, int, int, F*) {}
+static inline int tile_rows(int) { return 1; }
+static inline void tile(const Matrix&, const Inputs&, int, int, int, F*) {}
+static inline bool is_for_prompts(const Matrix&, int) { return false; }
+static inline int parts_of(const Matrix&) { return 0; }
+static inline void split_row(const float*, int, int, uint16_t*, size_t) {}
+template <int TOGETHER, int BLOCKS, class Use>
+static inline void prompt_products(const Matrix&, const Inputs&, int, int, Use) {}
 }  // namespace INFOPT_ISA
 #endif
 
@@ -209,12 +220,9 @@ static inline bool is_tiled(const Matrix& w, int tokens) {
 template <int BLOCKS, class Use>
 static inline void each_token_tile(const Matrix& w, const Inputs& x, int tokens, int block, Use use) {
     F y[BLOCKS][MOST_TOGETHER];
-    const int8_t* weights[BLOCKS];
-    for (int b = 0; b < BLOCKS; b++)
-        weights[b] = w.kind == INT8 ? signed_weights<INT8>(w, block + b, b) : signed_weights<INT4>(w, block + b, b);
+    const int rows = tile_rows(tokens);
     for (int t = 0; t < tokens; t += TILE) {
-        for (int b = 0; b < BLOCKS; b++)
-            w.zeros ? tile_tokens<true>(w, weights[b], x, t, block + b, y[b]) : tile_tokens<false>(w, weights[b], x, t, block + b, y[b]);
+        for (int b = 0; b < BLOCKS; b++) tile(w, x, t, block + b, rows, y[b]);
         use(t, tokens - t < TILE ? tokens - t : TILE, y);
     }
 }

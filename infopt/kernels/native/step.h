@@ -15,6 +15,7 @@ namespace INFOPT_ISA {
 
 // Tokens up to which every thread prepares all inputs of a product for itself, instead of a share of them and a barrier.
 constexpr int FEW = 2;
+constexpr int FETCHED = 32 << 10;  // bytes
 
 struct Best {
     float first = -INFINITY, second = -INFINITY;
@@ -48,25 +49,20 @@ class Step {
     }
 
     void run(Batch& batch) {
+        in_prompt = batch.is_prompt;
         plan(batch);
         pool.run([&](int thread) { m.kv_is_half ? work<uint16_t>(batch, thread) : work<float>(batch, thread); });
         finish(batch);
     }
 
-    void multiply(const Matrix& w, const float* x, int tokens, float* y) {
+    void multiply(const Matrix& w, const float* x, int tokens, float* y, bool is_prompt) {
         const int stride = blocks_of(w) * LANES;
-        const Inputs in = shared.of(w.inner, tokens);
-        memcpy(in.values, x, size_t(tokens) * w.inner * sizeof(float));
+        in_prompt = is_prompt;
+        shared.of(w.inner, tokens, splits_in(w, tokens));
         pool.run([&](int thread) {
-            const Tiled tiled(is_tiled(w, tokens));
-            if (is_integer(w)) {
-                for (int t = thread; t < tokens; t += pool.threads()) round_row(in, t);
-                pool.barrier();
-            }
-            each_block(w, thread, [&](int block) {
-                each_tile(w, in, tokens, block, [&](int t, int columns, F(*part)[MOST_TOGETHER]) {
-                    for (int c = 0; c < columns; c++) store(y + size_t(t + c) * stride + block * LANES, part[0][c]);
-                });
+            const Inputs in = prepare(w, tokens, thread, [&](int t, float* to) { memcpy(to, x + size_t(t) * w.inner, size_t(w.inner) * sizeof(float)); });
+            products(w, in, tokens, thread, [&](int block, int t, int columns, F(*part)[MOST_TOGETHER]) {
+                for (int c = 0; c < columns; c++) store(y + size_t(t + c) * stride + block * LANES, part[0][c]);
             });
         });
     }
@@ -78,11 +74,12 @@ class Step {
 
    private:
     int width, queries, head_width, group;
+    bool in_prompt = false;  // many tokens, whose sums need not be those that they would have one by one
     const std::shared_ptr<Pool> held;
     Pool& pool;
     std::vector<Buffers> own;  // by thread
     Buffers shared;
-    std::vector<float> hidden, joined, added, products;  // [tokens, width], q + k + v, width, intermediate
+    std::vector<float> hidden, joined, added, activated;  // [tokens, width], q + k + v, width, intermediate
     std::vector<Task> tasks;
     std::vector<int> first_task, splits, run_of;
     std::vector<float> parts;  // [tasks, ROWS, head_width]
@@ -98,7 +95,7 @@ class Step {
         hidden.assign(size_t(tokens) * width, 0.0f);
         added.assign(size_t(tokens) * width, 0.0f);
         joined.resize(size_t(tokens) * joined_width());
-        products.assign(size_t(tokens) * m.layer[0].down.inner, 0.0f);
+        activated.assign(size_t(tokens) * m.layer[0].down.inner, 0.0f);
         run_of.resize(tokens);
         tasks.clear();
         first_task.clear();
@@ -122,30 +119,61 @@ class Step {
         parts.resize(tasks.size() * ROWS * head_width);
         partials.resize(tasks.size());
         const int widest = std::max({width, padded(queries, GROUP), padded(m.intermediate, GROUP)});
-        shared.of(widest, tokens);
+        int most_parts = splits_in(*m.head, batch.outputs);
+        for (int index = 0; index < m.layers; index++)
+            for (const Matrix* w : {&m.layer[index].qkv, &m.layer[index].output, &m.layer[index].gate_up, &m.layer[index].down})
+                most_parts = std::max(most_parts, splits_in(*w, tokens));
+        shared.of(widest, tokens, most_parts);
         for (auto& buffers : own) buffers.of(widest, std::min(tokens, FEW));
         for (auto& each : best) each.assign(batch.outputs, Best());
         for (auto& each : nothing) each.assign(batch.outputs, zero());
     }
 
-    // `make(token, to)` writes a token's inputs of a product; they are rounded where its weights are integers.
+    // How many bfloat16 numbers stand for an input of a product; 0 where it is not made in prompts' tiles.
+    int splits_in(const Matrix& w, int tokens) const { return in_prompt && is_for_prompts(w, tokens) ? parts_of(w) : 0; }
+
+    // `make(token, to)` writes a token's inputs of a product; they are split or rounded as its weights want them.
     template <class Make>
     Inputs prepare(const Matrix& w, int tokens, int thread, Make make) {
         const bool few = tokens <= FEW;
-        const Inputs in = (few ? own[thread] : shared).of(w.inner, tokens);
+        const Inputs in = (few ? own[thread] : shared).of(w.inner, tokens, splits_in(w, tokens));
         for (int t = few ? 0 : thread; t < tokens; t += few ? 1 : pool.threads()) {
             float* to = in.values + size_t(t) * w.inner;
             make(t, to);
-            if (is_integer(w)) round_row(in, t);
+            if (in.parts) {
+                split_row(to, w.inner, in.parts, in.halves + size_t(t) * w.inner, in.apart);
+            } else if (is_integer(w)) {
+                round_row(in, t);
+            }
         }
         if (!few) pool.barrier();
         return in;
     }
 
-    template <class Use>
-    void each_block(const Matrix& w, int thread, Use use, int step = 1) {
-        const int64_t blocks = blocks_of(w) / step, threads = pool.threads();
-        for (int64_t b = blocks * thread / threads; b < blocks * (thread + 1) / threads; b++) use(int(b) * step);
+    // Starts to fetch the weights that this thread reads first of a product to come, while it waits for the others.
+    void fetch(const Matrix& w, int thread, int together = 1) const {
+        const int64_t block = int64_t(blocks_of(w) / together) * thread / pool.threads() * together;
+        const int64_t bytes = w.kind == FLOAT32 ? 4 * w.inner : w.kind == BFLOAT16 ? 2 * w.inner : w.kind == INT8 ? w.inner : w.inner / 2;
+        const char* p = (const char*)w.weights + block * bytes * LANES;
+        for (int i = 0; i < FETCHED; i += 64) __builtin_prefetch(p + i, 0, 2);
+    }
+
+    // Calls use(block, first token, columns, F y[TOGETHER][MOST_TOGETHER]) for all tokens' products with this thread's share
+    // of the blocks of rows, TOGETHER of them at a time.
+    template <int TOGETHER = 1, class Use>
+    void products(const Matrix& w, const Inputs& in, int tokens, int thread, Use use) {
+        const int64_t units = blocks_of(w) / TOGETHER, threads = pool.threads();
+        const int first = int(units * thread / threads) * TOGETHER, last = int(units * (thread + 1) / threads) * TOGETHER;
+        int block = first;
+        if (in.parts) {
+            const Tiled tiled(Tiles::HALVES, TILE);
+            for (; block + 2 <= last; block += 2) prompt_products<TOGETHER, 2>(w, in, tokens, block, use);
+            if (block < last) prompt_products<TOGETHER, TOGETHER>(w, in, tokens, block, use);
+            return;
+        }
+        const Tiled tiled(is_tiled(w, tokens) ? Tiles::INTEGERS : Tiles::NONE, tile_rows(tokens));
+        for (; block < last; block += TOGETHER)
+            each_tile<TOGETHER>(w, in, tokens, block, [&](int t, int columns, F(*y)[MOST_TOGETHER]) { use(block, t, columns, y); });
     }
 
     // to = x·weight / √(mean x² + ε), `n` numbers; zeros behind them up to `end`.
@@ -163,7 +191,6 @@ class Step {
     template <class T>
     void work(Batch& batch, int thread) {
         const int tokens = batch.tokens;
-        const Tiled tiled(TILE > 1 && tokens >= LEAST_TILED && may_use_tiles());
         for (int t = thread; t < tokens; t += pool.threads()) {
             float* to = hidden.data() + size_t(t) * width;
             read_row(*m.embedding, batch.ids[t], to);
@@ -174,24 +201,23 @@ class Step {
         for (int index = 0; index < m.layers; index++) {
             const Layer& layer = m.layer[index];
             Inputs in = prepare(layer.qkv, tokens, thread, [&](int t, float* to) { normed(t, layer.input_norm, to); });
-            each_block(layer.qkv, thread, [&](int block) {
-                each_tile(layer.qkv, in, tokens, block, [&](int t, int columns, F(*y)[MOST_TOGETHER]) {
-                    for (int c = 0; c < columns; c++) store(joined.data() + size_t(t + c) * joined_width() + block * LANES, y[0][c]);
-                });
+            products(layer.qkv, in, tokens, thread, [&](int block, int t, int columns, F(*y)[MOST_TOGETHER]) {
+                for (int c = 0; c < columns; c++) store(joined.data() + size_t(t + c) * joined_width() + block * LANES, y[0][c]);
             });
+            fetch(layer.output, thread);
             pool.barrier();
             turn<T>(batch, layer, index, thread);
             pool.barrier();
             for (size_t task = thread; task < tasks.size(); task += pool.threads()) attend_task<T>(batch, layer, index, int(task), thread);
             pool.barrier();
             in = prepare(layer.output, tokens, thread, [&](int t, float* to) { combine(batch, t, to, layer.output.inner); });
-            join(layer.output, in, tokens, thread, layer.attention_out_norm);
+            join(layer.output, in, tokens, thread, layer.attention_out_norm, layer.gate_up, 2);
             in = prepare(layer.gate_up, tokens, thread, [&](int t, float* to) { normed(t, layer.feed_norm, to); });
             feed(layer, in, tokens, thread);
             in = prepare(layer.down, tokens, thread, [&](int t, float* to) {
-                memcpy(to, products.data() + size_t(t) * layer.down.inner, size_t(layer.down.inner) * sizeof(float));
+                memcpy(to, activated.data() + size_t(t) * layer.down.inner, size_t(layer.down.inner) * sizeof(float));
             });
-            join(layer.down, in, tokens, thread, layer.feed_out_norm);
+            join(layer.down, in, tokens, thread, layer.feed_out_norm, index + 1 < m.layers ? m.layer[index + 1].qkv : *m.head);
             if (batch.check && thread == 0 && batch.bad_layer < 0 && !is_finite(tokens)) batch.bad_layer = index;
         }
         answer(batch, thread);
@@ -210,16 +236,15 @@ class Step {
     }
 
     // Adds a product to the hidden states, through a norm of its own where the layer has one.
-    void join(const Matrix& w, const Inputs& in, int tokens, int thread, const float* norm) {
+    void join(const Matrix& w, const Inputs& in, int tokens, int thread, const float* norm, const Matrix& next, int together = 1) {
         float* target = norm ? added.data() : hidden.data();
-        each_block(w, thread, [&](int block) {
-            each_tile(w, in, tokens, block, [&](int t, int columns, F(*y)[MOST_TOGETHER]) {
-                for (int c = 0; c < columns; c++) {
-                    float* to = target + size_t(t + c) * width + block * LANES;
-                    store(to, norm ? y[0][c] : add(load(to), y[0][c]));
-                }
-            });
+        products(w, in, tokens, thread, [&](int block, int t, int columns, F(*y)[MOST_TOGETHER]) {
+            for (int c = 0; c < columns; c++) {
+                float* to = target + size_t(t + c) * width + block * LANES;
+                store(to, norm ? y[0][c] : add(load(to), y[0][c]));
+            }
         });
+        fetch(next, thread, together);
         pool.barrier();
         if (!norm) return;
         for (int t = thread; t < tokens; t += pool.threads()) {
@@ -309,17 +334,13 @@ class Step {
     void feed(const Layer& layer, const Inputs& in, int tokens, int thread) {
         const bool is_silu = m.activation == SILU;
         const int stride = layer.down.inner;
-        each_block(
-            layer.gate_up, thread,
-            [&](int block) {
-                each_tile<2>(layer.gate_up, in, tokens, block, [&](int t, int columns, F(*y)[MOST_TOGETHER]) {
-                    for (int c = 0; c < columns; c++)
-                        store(
-                            products.data() + size_t(t + c) * stride + block / 2 * LANES,
-                            mul(is_silu ? silu(y[0][c]) : gelu_tanh(y[0][c]), y[1][c]));
-                });
-            },
-            2);
+        products<2>(layer.gate_up, in, tokens, thread, [&](int block, int t, int columns, F(*y)[MOST_TOGETHER]) {
+            for (int c = 0; c < columns; c++)
+                store(
+                    activated.data() + size_t(t + c) * stride + block / 2 * LANES,
+                    mul(is_silu ? silu(y[0][c]) : gelu_tanh(y[0][c]), y[1][c]));
+        });
+        fetch(layer.down, thread);
         pool.barrier();
     }
 
@@ -328,10 +349,8 @@ class Step {
         const Matrix& w = *m.head;
         const int stride = blocks_of(w) * LANES;
         const Inputs in = prepare(w, batch.outputs, thread, [&](int i, float* to) { normed(batch.output_token[i], m.final_norm, to); });
-        each_block(w, thread, [&](int block) {
-            each_tile(w, in, batch.outputs, block, [&](int i, int columns, F(*y)[MOST_TOGETHER]) {
-                for (int c = 0; c < columns; c++) offer(batch, thread, i + c, block, mul(y[0][c], set1(m.logits_scale)), stride);
-            });
+        products(w, in, batch.outputs, thread, [&](int block, int i, int columns, F(*y)[MOST_TOGETHER]) {
+            for (int c = 0; c < columns; c++) offer(batch, thread, i + c, block, mul(y[0][c], set1(m.logits_scale)), stride);
         });
     }
 

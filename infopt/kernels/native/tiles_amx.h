@@ -12,8 +12,8 @@
 
 namespace INFOPT_ISA {
 
-constexpr int TILE = 16;         // tokens of a tile
-constexpr int LEAST_TILED = 32;  // fewer tokens are as fast lane by lane: the weights must be made signed first
+constexpr int TILE = 16;        // tokens of a tile
+constexpr int LEAST_TILED = 3;  // fewer tokens are faster lane by lane
 
 // Whether the kernel lets this process use tiles; asked once.
 static inline bool may_use_tiles() {
@@ -21,99 +21,136 @@ static inline bool may_use_tiles() {
     return may;
 }
 
-// Tiles 0–3: sums, [16 tokens][16 rows] int32. 4: inputs, [16 tokens][32] int8. 5: weights, [8][16 rows][4] int8.
+enum class Tiles { NONE, INTEGERS, HALVES };
+
 struct TileShape {
     uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 32, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 8};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Tiles have their shapes while one of these lives, where `use` says so.
+// Tiles have shapes while one of these lives. 0–3: sums, [16 tokens][16 rows] of 32 bits. HALVES: 4, 5: inputs, [16 tokens][32]
+// bfloat16; 6, 7: weights, [16][16 rows][2]. INTEGERS, for up to `tokens` at a time: 4: inputs, [tokens][32] int8; 5: weights,
+// [8][16 rows][4].
 class Tiled {
    public:
-    explicit Tiled(bool use) : use(use) {
-        if (!use) return;
-        static const TileShape shape;
+    Tiled(Tiles use, int tokens) : use(use) {
+        if (use == Tiles::NONE) return;
+        TileShape shape;
+        if (use == Tiles::INTEGERS) {
+            for (int i = 0; i < 5; i++) shape.rows[i] = uint8_t(tokens);
+            shape.bytes[4] = 32;
+            shape.rows[5] = 8;
+        }
+        asm volatile("" : : "r"(&shape) : "memory");  // the compiler does not know that this is read
         _tile_loadconfig(&shape);
     }
     ~Tiled() {
-        if (use) _tile_release();
+        if (use != Tiles::NONE) _tile_release();
     }
     Tiled(const Tiled&) = delete;
 
    private:
-    const bool use;
+    const Tiles use;
 };
 
-// A block's weights as signed bytes, [inner / 4][16][4]: q, or what is stored where there are zeros.
+// Four groups of a block's weights as tiles read them, [8][16 rows][4] unsigned bytes each: as they lie, or unpacked to `room`.
 template <int KIND>
-static inline const int8_t* signed_weights(const Matrix& w, int block, int slot) {
-    static thread_local std::vector<int8_t> room[2];
-    std::vector<int8_t>& to = room[slot];
-    const size_t bytes = size_t(w.inner) * LANES;
-    if (to.size() < bytes) to.resize(bytes);
-    const uint8_t* p = (const uint8_t*)w.weights + size_t(block) * bytes / (KIND == INT4 ? 2 : 1);
-    const __m512i middle = _mm512_set1_epi8(int8_t(KIND == INT8 ? 128 : w.zeros ? 0 : 8));
-    for (size_t i = 0; i < bytes; i += KIND == INT4 ? 128 : 64, p += 64) {
-        __builtin_prefetch(p + PREFETCH);
-        const Bytes stored = load_bytes(p);
-        if (KIND == INT8) {
-            _mm512_storeu_si512(to.data() + i, _mm512_sub_epi8(stored.v, middle));
-        } else {
-            _mm512_storeu_si512(to.data() + i, _mm512_sub_epi8(low_halves(stored).v, middle));
-            _mm512_storeu_si512(to.data() + i + 64, _mm512_sub_epi8(high_halves(stored).v, middle));
-        }
+static inline const uint8_t* group_weights(const uint8_t* p, int groups, uint8_t* room) {
+    const int bytes = groups * GROUP * LANES / (KIND == INT4 ? 2 : 1);
+    for (int i = 0; i < bytes; i += 64) {
+        if (KIND == INT8) break;
+        const Bytes both = load_bytes(p + i);
+        _mm512_store_si512(room + 2 * i, low_halves(both).v);
+        _mm512_store_si512(room + 2 * i + 64, high_halves(both).v);
     }
     asm volatile("" ::: "memory");  // tile loads are not known to read memory
-    return to.data();
+    return KIND == INT8 ? p : room;
 }
 
-// The sums of one group of sixteen tokens with one block, by tile `i`: [16 tokens][16 rows]. A macro, since the assembler reads
-// the tile's number.
-#define INFOPT_TILE_SUMS(i, inputs, stride, weights, to) \
-    _tile_zero(i);                                       \
-    _tile_loadd(4, inputs, stride);                      \
-    _tile_loadd(5, weights, 64);                         \
-    _tile_dpbssd(i, 4, 5);                               \
-    _tile_stored(i, to, 64)
+// The sums of one group of tokens with one block, by tile `i`: [tokens][16 rows]. A macro, since the assembler reads the tile's
+// number.
+#define INFOPT_TILE_SUMS(i)                                                  \
+    _tile_zero(i);                                                           \
+    _tile_loadd(4, in + i * GROUP, stride);                                  \
+    _tile_loadd(5, weights + i * GROUP * LANES, 64);                         \
+    _tile_dpbsud(i, 4, 5);                                                   \
+    _tile_stored(i, sums[side][i], 64)
 
-// y[16] = the products of sixteen tokens with one block; `weights` as above. Rows of `x` are padded to whole tiles.
-template <bool HAS_ZEROS>
-static inline void tile_tokens(const Matrix& w, const int8_t* weights, const Inputs& x, int token, int block, F* y) {
+// y[TOKENS] = the products of so many tokens with one block. Rows of `x` are padded to whole tiles.
+template <int KIND, bool HAS_ZEROS, int TOKENS>
+static inline void tile_tokens(const Matrix& w, const Inputs& x, int token, int block, F* y) {
     constexpr int TOGETHER = 4;  // groups whose sums are on their way while others are scaled
+    constexpr int BYTES = GROUP * LANES / (KIND == INT4 ? 2 : 1);
     const int groups = x.inner / GROUP, span = w.group / GROUP, stride = x.inner;
     const size_t first = size_t(block) * (groups / span);
+    const uint8_t* p = (const uint8_t*)w.weights + size_t(block) * groups * BYTES;
     const int8_t* in = x.rounded + size_t(token) * stride;
     const float* scales = x.scales + x.first_scale(token);
     const int32_t* offsets = x.offsets + x.first_scale(token);
-    alignas(64) int32_t sums[TOGETHER][TILE][LANES];
-    F part[TILE];
-    for (int m = 0; m < TILE; m++) part[m] = zero();
-    const auto add_group = [&](int g, const int32_t (*sum)[LANES]) __attribute__((always_inline)) {
+    alignas(64) int32_t sums[2][TOGETHER][TOKENS][LANES];  // of these groups, and of those before, which are in memory by now
+    alignas(64) uint8_t room[TOGETHER * GROUP * LANES];
+    F part[TOKENS];
+    for (int m = 0; m < TOKENS; m++) part[m] = zero();
+    const auto add_group = [&](int g, const int32_t (*sum)[LANES], const uint8_t* ahead) __attribute__((always_inline)) {
         const F scale = load_scales(w.scales, w.scales_are_float32, first + g / span);
         F stored_zero = zero();
         if (HAS_ZEROS) stored_zero = load_scales(w.zeros, w.scales_are_float32, first + g / span);
         const float* by_token = scales + size_t(g) * LANES;
+        const int32_t* offset = offsets + size_t(g) * LANES;
+        for (int i = TOKENS * 64; i < BYTES; i += 64) __builtin_prefetch(ahead + i);
 #pragma GCC unroll 16
-        for (int m = 0; m < TILE; m++) {
-            F total = {_mm512_cvtepi32_ps(_mm512_load_si512(sum[m]))};
-            if (HAS_ZEROS) total = fma(stored_zero, set1(float(offsets[size_t(g) * LANES + m]) * (1.0f / 128)), total);
+        for (int m = 0; m < TOKENS; m++) {
+            if (m * 64 < BYTES) __builtin_prefetch(ahead + m * 64);  // one by one: many at once wait for one another
+            __m512i whole = _mm512_load_si512(sum[m]);
+            if (KIND == INT8) whole = _mm512_add_epi32(whole, _mm512_set1_epi32(offset[m]));
+            if (KIND == INT4 && !HAS_ZEROS) whole = _mm512_add_epi32(whole, _mm512_set1_epi32(offset[m] >> 4));
+            F total = {_mm512_cvtepi32_ps(whole)};
+            if (HAS_ZEROS) total = fma(stored_zero, set1(float(offset[m]) * (1.0f / 128)), total);
             part[m] = fma(total, mul(scale, set1(by_token[m])), part[m]);
         }
     };
-    int g = 0;
-    for (; g + TOGETHER <= groups; g += TOGETHER, in += TOGETHER * GROUP, weights += TOGETHER * GROUP * LANES) {
-        INFOPT_TILE_SUMS(0, in, stride, weights, sums[0]);
-        INFOPT_TILE_SUMS(1, in + GROUP, stride, weights + GROUP * LANES, sums[1]);
-        INFOPT_TILE_SUMS(2, in + 2 * GROUP, stride, weights + 2 * GROUP * LANES, sums[2]);
-        INFOPT_TILE_SUMS(3, in + 3 * GROUP, stride, weights + 3 * GROUP * LANES, sums[3]);
-        for (int i = 0; i < TOGETHER; i++) add_group(g + i, sums[i]);
+    int g = 0, side = 0;
+    for (; g + TOGETHER <= groups; g += TOGETHER, side ^= 1, in += TOGETHER * GROUP, p += TOGETHER * BYTES) {
+        const uint8_t* weights = group_weights<KIND>(p, TOGETHER, room);
+        INFOPT_TILE_SUMS(0);
+        INFOPT_TILE_SUMS(1);
+        INFOPT_TILE_SUMS(2);
+        INFOPT_TILE_SUMS(3);
+        for (int i = 0; g && i < TOGETHER; i++) add_group(g - TOGETHER + i, sums[side ^ 1][i], p + i * BYTES + PREFETCH);
     }
-    for (; g < groups; g++, in += GROUP, weights += GROUP * LANES) {
-        INFOPT_TILE_SUMS(0, in, stride, weights, sums[0]);
-        add_group(g, sums[0]);
+    for (int i = 0; g && i < TOGETHER; i++) add_group(g - TOGETHER + i, sums[side ^ 1][i], p + i * BYTES + PREFETCH);
+    for (; g < groups; g++, in += GROUP, p += BYTES) {
+        const uint8_t* weights = group_weights<KIND>(p, 1, room);
+        INFOPT_TILE_SUMS(0);
+        add_group(g, sums[side][0], p + PREFETCH);
     }
-    for (int m = 0; m < TILE; m++) y[m] = w.bias ? add(part[m], load(w.bias + block * LANES)) : part[m];
+    for (int m = 0; m < TOKENS; m++) y[m] = w.bias ? add(part[m], load(w.bias + block * LANES)) : part[m];
+}
+
+template <int TOKENS>
+[[gnu::noinline]] static void tile_of(const Matrix& w, const Inputs& x, int token, int block, F* y) {
+    if (w.kind == INT8) return tile_tokens<INT8, false, TOKENS>(w, x, token, block, y);
+    w.zeros ? tile_tokens<INT4, true, TOKENS>(w, x, token, block, y) : tile_tokens<INT4, false, TOKENS>(w, x, token, block, y);
+}
+
+// The least number of tokens, of those that there is code for, that holds so many.
+static inline int tile_rows(int tokens) {
+    for (int rows : {4, 5, 6, 8, 9, 12})
+        if (tokens <= rows) return rows;
+    return TILE;
+}
+
+static inline void tile(const Matrix& w, const Inputs& x, int token, int block, int rows, F* y) {
+    switch (rows) {
+        case 4: return tile_of<4>(w, x, token, block, y);
+        case 5: return tile_of<5>(w, x, token, block, y);
+        case 6: return tile_of<6>(w, x, token, block, y);
+        case 8: return tile_of<8>(w, x, token, block, y);
+        case 9: return tile_of<9>(w, x, token, block, y);
+        case 12: return tile_of<12>(w, x, token, block, y);
+        default: return tile_of<TILE>(w, x, token, block, y);
+    }
 }
 
 }  // namespace INFOPT_ISA
