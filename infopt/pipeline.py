@@ -26,7 +26,7 @@ from infopt.model.plan import LoadPlan
 from infopt.needs import missing_need
 from infopt.protocols import Context, Engine, Machine, Prediction, Progress, Sampling, Shapes
 from infopt.recipe import Recipe
-from infopt.sections import OWN_DRAFTS, EngineSection
+from infopt.sections import OWN_DRAFTS, EngineSection, unheard
 from infopt.settings import LoadOptions
 from infopt.techniques.base import Technique
 
@@ -294,25 +294,27 @@ def natively(bundle: Bundle, chosen: Recipe, device: str, options: LoadOptions, 
         progress(line)
     for name in chosen.speculative.models if chosen.speculative else ():
         progress(f"opening the draft {name}")
-        opened.drafts[name] = _draft(name, bundle, chosen, options, progress)
+        opened.drafts[name] = _draft(name, bundle, opened.step, chosen, options, progress)
     return replace(bundle, model=opened, notes=opened.notes)
 
 
-def _opened(bundle: Bundle, chosen: Recipe, progress: Progress) -> Any:
-    """A NativeModel of the bundle's module, which it consumes. Raises Unfit, MissingNeedError."""
+def _opened(bundle: Bundle, chosen: Recipe, progress: Progress, beside: Any = None) -> Any:
+    """A NativeModel of the bundle's module, which it consumes, on the threads of the step `beside`. Raises Unfit,
+    MissingNeedError.
+    """
     import torch
 
     from infopt.runtime.native_model import Settings, open_native
 
     section, kv = chosen.engine, "float16" if chosen.cache.dtype == "auto" else chosen.cache.dtype
-    settings = Settings(
-        torch.get_num_threads(), section.weights, section.head, kv, section.way, most_kv_bytes=memory.available() // 2
-    )
-    return open_native(bundle.model, settings, progress)
+    settings = Settings(torch.get_num_threads(), section.weights, section.head, kv, section.way, memory.available() // 2, beside)
+    opened = open_native(bundle.model, settings, progress)
+    opened.notes = (*opened.notes, *unheard(section, chosen.cache, opened.step.name))
+    return opened
 
 
-def _draft(name: str, target: Bundle, chosen: Recipe, options: LoadOptions, progress: Progress) -> Any:
-    """The native step of a model that drafts for `target`. Raises InputError where it does not know the same tokens."""
+def _draft(name: str, target: Bundle, step: Any, chosen: Recipe, options: LoadOptions, progress: Progress) -> Any:
+    """The native step of a model that drafts for `target`, run by `step`. Raises InputError where it knows other tokens."""
     from infopt.runtime.decoder import Unfit
 
     ref = Path(name).expanduser()
@@ -330,7 +332,7 @@ def _draft(name: str, target: Bundle, chosen: Recipe, options: LoadOptions, prog
             hint="speculative: {draft: prompt_lookup} needs no second model",
         )
     try:
-        return _opened(found, replace(chosen, engine=chosen.engine.model_copy(update={"way": "auto"})), progress).step
+        return _opened(found, replace(chosen, engine=chosen.engine.model_copy(update={"way": "auto"})), progress, step).step
     except Unfit as error:
         hint = "speculative: {draft: prompt_lookup} needs no second model"
         raise InputError(f"speculative.draft: {name} does not run in the native engine: {error}", hint=hint) from None

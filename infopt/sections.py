@@ -103,6 +103,16 @@ class EngineSection(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
 
 
+def unheard(engine: EngineSection, cache: Cache, way: str) -> list[str]:
+    """What they say that a way of running a model natively has no use for."""
+    said = []
+    if way == "whole" and engine.attention != "auto":
+        said.append(f"engine.attention: {engine.attention} is a kernel of transformers; whole steps have their own")
+    if way == "swapped" and cache.dtype != "auto":
+        said.append(f"cache.dtype: {cache.dtype} was not heard: with swapped layers transformers keeps keys and values")
+    return said
+
+
 class Calibration(Section):
     """`text`: `bundled`, a text file, a .jsonl of texts or chats, or `hub:NAME[:SPLIT[:FIELD]]`; see `infopt.data.calibration`.
     `samples` windows of `tokens` tokens; the defaults leave the bundled text room with any tokenizer."""

@@ -43,6 +43,21 @@ def test_each_kind_is_run_the_fastest_way_that_fits(model: str, way: str, said: 
     assert text(engine) == text(stock)
 
 
+@pytest.mark.parametrize(
+    ("override", "way", "said"),
+    [
+        ("engine.attention=eager", "whole", "engine.attention: eager is a kernel of transformers; whole steps have their own"),
+        ("cache.dtype=float32", "swapped", "cache.dtype: float32 was not heard: with swapped layers transformers keeps"),
+        ("engine.attention=eager", "swapped", None),
+        ("cache.dtype=float32", "whole", None),
+    ],
+)
+def test_a_setting_that_is_not_heard_is_told(override: str, way: str, said: str | None) -> None:
+    notes = opened("tiny", override, f"engine.way={way}")[1].notes
+    assert len(notes) == (1 if said is None else 2)
+    assert said is None or notes[1].startswith(said)
+
+
 def test_layers_of_another_library_fall_to_stock_generate_with_one_line() -> None:
     spec = arms.spec("tiny", "nf4", ["engine.name=native", "engine.dtype=float32"])
     bundle = pipeline.build(pipeline.resolve("tiny", CPU), spec.recipe, "cpu", options=CPU)[0]

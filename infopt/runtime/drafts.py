@@ -52,6 +52,10 @@ class Drafter(Protocol):
         """What is kept for a row."""
         ...
 
+    def require(self, tokens: int, rows: int) -> None:
+        """Refuses, before anything is computed, what memory will not hold of so many rows. Raises InputError."""
+        ...
+
     def catch_up(self, wanted: Sequence[Wanted]) -> None:
         """Reads what a drafter has not seen of long texts, a prompt for one, which is no cost of a drafted token."""
         ...
@@ -82,6 +86,8 @@ class PromptLookup:
 
     def open(self) -> Seen:
         return Seen()
+
+    def require(self, tokens: int, rows: int) -> None: ...
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None: ...
 
@@ -129,6 +135,9 @@ class ModelDraft:
 
     def open(self) -> Ahead:
         return Ahead(self.step.open())
+
+    def require(self, tokens: int, rows: int) -> None:
+        self.step.require(min(tokens, self.step.context), rows)
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None:
         behind = [each for each in wanted if self._most(each) > 0 and len(each.ids) - len(each.state.ids) > BEHIND]

@@ -143,6 +143,8 @@ class Loop:
                 raise InputError("stop texts need a tokenizer", hint="give stop tokens instead")
             longest, rows = max(longest, total), rows + ask.sampling.candidates
         self.step.require(longest, rows)
+        if self.drafter:
+            self.drafter.require(longest, rows)
 
     def _prefill(self, asks: Sequence[Ask], start: float, listen: Callable[[Told, list[Answer]], None]) -> list[Row]:
         """All prompts in one step, each once; its candidates are forks of it."""

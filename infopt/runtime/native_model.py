@@ -25,7 +25,10 @@ Way = Literal["auto", "whole", "swapped"]
 
 @dataclass(frozen=True)
 class Settings:
-    """`weights`, `head`: what floating-point weights become; `kv`: float32 or float16; `way`: auto takes the first that fits."""
+    """`weights`, `head`: what floating-point weights become; `kv`: float32 or float16; `way`: auto takes the first that fits.
+
+    `beside`: the step of a model that this one drafts for, with whose threads it takes turns.
+    """
 
     threads: int
     weights: Wanted = "auto"
@@ -33,6 +36,7 @@ class Settings:
     kv: str = "float16"
     way: Way = "auto"
     most_kv_bytes: int = 1 << 40
+    beside: WholeStep | SwappedStep | None = None
 
 
 class NativeModel:
@@ -84,6 +88,7 @@ def open_native(model: Any, settings: Settings, progress: Progress = lambda line
             step = WholeStep(
                 model, threads=settings.threads, weights=settings.weights, head=settings.head, kv=settings.kv,
                 most_kv_bytes=settings.most_kv_bytes,
+                beside=settings.beside if isinstance(settings.beside, WholeStep) else None,
             )  # fmt: skip
             return NativeModel(model, step, ())
         except Unfit as error:

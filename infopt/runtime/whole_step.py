@@ -36,14 +36,15 @@ class WholeStep:
     """Consumes the model's weights. `weights`: what floating-point weights become; `head`: the same for the output head, auto
     being int8 beside integers.
 
-    `kv`: float32 or float16. Raises Unfit for a model that the kernels do not run, MissingNeedError without the library.
+    `kv`: float32 or float16. `beside`: a step on whose threads this one runs too, never both at a time. Raises Unfit for a
+    model that the kernels do not run, MissingNeedError without the library.
     """
 
     name = "whole"
 
     def __init__(
         self, model: Any, *, threads: int, weights: Wanted = "auto", head: Wanted = "auto", kv: str = "float16",
-        most_kv_bytes: int = 1 << 40,
+        most_kv_bytes: int = 1 << 40, beside: WholeStep | None = None,
     ) -> None:  # fmt: skip
         self._library = library.load()
         decoder = describe(model)
@@ -53,7 +54,9 @@ class WholeStep:
         self.packed: list[Packed] = []
         self._model = self._described(decoder, weights, head, kv)
         give_back()
-        self._start(ctypes.c_void_p(self._library.infopt_open(ctypes.byref(self._model), threads)), most_kv_bytes)
+        model = ctypes.byref(self._model)
+        made = self._library.infopt_open_beside(model, beside._engine) if beside else self._library.infopt_open(model, threads)
+        self._start(ctypes.c_void_p(made), most_kv_bytes)
 
     def _start(self, engine: ctypes.c_void_p, most_kv_bytes: int) -> None:
         self._engine = engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from infopt.runtime.loop import Ask, Loop
 from infopt.runtime.native_model import NativeModel, Settings, open_native
 from infopt.runtime.steps import Output, Run
 
+FLOAT = Settings(2, "float32", "float32", "float32")
 PROMPT = tuple((5 * i * i + 3) % VOCABULARY for i in range(20))
 
 
@@ -49,6 +51,8 @@ class Known:
         self.text, self.wrong = list(text), wrong
 
     def open(self) -> None: ...
+
+    def require(self, tokens: int, rows: int) -> None: ...
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None: ...
 
@@ -108,7 +112,7 @@ def test_a_dear_draft_is_not_taken_however_right(double: DoubleStep) -> None:
 
 @pytest.fixture
 def opened() -> Callable[..., NativeModel]:
-    return lambda: open_native(tiny(), Settings(2, "float32", "float32", "float32"))
+    return lambda: open_native(tiny(), FLOAT)
 
 
 @pytest.mark.parametrize("draft", ["self", "auto", "other"])
@@ -137,6 +141,24 @@ def test_early_layers_share_weights_and_threads(opened: Callable[..., NativeMode
     for count in (0, 3, 99):
         with pytest.raises(InputError, match=f"{count} early layers; allowed: 1 … 2"):
             step.first_layers(count)  # type: ignore[union-attr]
+
+
+def test_a_draft_takes_turns_on_the_threads_of_its_model_and_may_outlive_it(opened: Callable[..., NativeModel]) -> None:
+    model = opened()
+    draft = open_native(tiny(num_hidden_layers=1), replace(FLOAT, beside=model.step)).step
+    alone = open_native(tiny(num_hidden_layers=1), FLOAT).step
+    ids = [(7 * i) % VOCABULARY for i in range(20)]
+    found = [step.run([Run(step.open(), ids)]).tokens for step in (draft, alone)]
+    model.step.close_engine()  # type: ignore[union-attr]
+    found.append(draft.run([Run(draft.open(), ids)]).tokens)
+    assert found[0] == found[1] == found[2]
+
+
+def test_memory_for_drafts_is_asked_for_beforehand(opened: Callable[..., NativeModel]) -> None:
+    model = opened()
+    model.drafts["other"] = open_native(tiny(num_hidden_layers=1), replace(FLOAT, most_kv_bytes=1000)).step
+    with pytest.raises(InputError, match="keys and values of 1 × 33 tokens take"):
+        NativeEngine(model, draft="other").generate([Request("0", tuple(range(9)), 24)])
 
 
 def test_swapped_layers_have_no_early_part() -> None:
