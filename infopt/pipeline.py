@@ -250,7 +250,7 @@ def finish(folder: Path, chosen: Recipe, at_load: Sequence[int], device: str, op
     for index, technique in enumerate(found):
         if index in at_load:
             bundle = technique.apply(bundle, context)
-        elif chosen.engine.name != NATIVE or technique.reopens_always:
+        elif chosen.engine.name != NATIVE or technique.reopens_always or at_load:  # steps at load build on what is opened
             bundle = technique.reopen(bundle)
         else:
             bundle = replace(bundle, undone=(*bundle.undone, technique.reopen))

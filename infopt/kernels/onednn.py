@@ -25,7 +25,7 @@ class OneDnn(TorchFunctionMode):
     """While entered, `torch.nn.functional.linear` on float32 CPU tensors goes through oneDNN, where no gradient is asked for.
 
     `rounded`: its operands, and attention, may be rounded to bfloat16; sums are float32 still. That moves a product by 2e-3
-    of its size, as running the model in bfloat16 would.
+    of its size, as running the model in bfloat16 would. Calibration does so, forward passes, Hessians and searches alike.
     """
 
     def __init__(self, *, rounded: bool = False) -> None:
@@ -38,8 +38,9 @@ class OneDnn(TorchFunctionMode):
         if func is linear and not kwargs and _takes(*args):
             with _rounding() if self._rounded else nullcontext():
                 return _linear(*args)
-        if self._rounded and func is scaled_dot_product_attention and _takes(*args[:3]):
-            return func(*(part.bfloat16() for part in args[:3]), *args[3:], **_in_bfloat16(kwargs or {})).float()
+        if self._rounded and func is scaled_dot_product_attention and len(args) >= 3 and _takes(*args[:3]):
+            named = {name: _in_bfloat16(value) for name, value in (kwargs or {}).items()}
+            return func(*map(_in_bfloat16, args), **named).float()
         return func(*args, **(kwargs or {}))
 
 
@@ -63,12 +64,12 @@ def _has_tiles() -> bool:
     return build.usable()[0] == "amx" and hasattr(torch.backends.mkldnn, MATMUL)
 
 
-def _in_bfloat16(named: Mapping[str, Any]) -> dict[str, Any]:
-    """A float32 mask has the dtype of what it is added to; all else stays."""
-    return {
-        name: value.bfloat16() if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
-        for name, value in named.items()
-    }
+def _in_bfloat16(value: Any) -> Any:
+    """A float32 tensor in bfloat16; what is finite stays so: a mask's lowest number is not −∞ to a row that has no other."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+        return value
+    rounded = value.bfloat16()
+    return rounded.where(rounded.isfinite() | ~value.isfinite(), torch.finfo(torch.bfloat16).min)
 
 
 def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:

@@ -15,7 +15,7 @@ from infopt.runtime.weights import Wanted, head_kind, joined, require
 
 
 class Products:
-    """The threads that all swapped layers of a model share."""
+    """The threads that all swapped layers of a model share. `is_prompt`: whether their inputs are those of a prompt."""
 
     def __init__(self, threads: int) -> None:
         self.library = library.load()
@@ -53,8 +53,9 @@ class KernelLinear(nn.Module):
         return out[:, : self.out_features].view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
-def swap(model: nn.Module, threads: int, weights: Wanted, head: Wanted) -> list[Packed]:
-    """Replaces the linear layers of a model one by one; each one's own weights are let go. Returns what was packed.
+def swap(model: nn.Module, threads: int, weights: Wanted, head: Wanted) -> tuple[list[Packed], Products]:
+    """Replaces the linear layers of a model one by one; each one's own weights are let go. Returns what was packed, and
+    what multiplies with it.
 
     Raises Unfit, before any was replaced, for layers that keep their weights in a way of their own.
     """
@@ -71,7 +72,7 @@ def swap(model: nn.Module, threads: int, weights: Wanted, head: Wanted) -> list[
         model.set_submodule(name, KernelLinear(packed, products))
         made.append(packed)
     give_back()
-    return made
+    return made, products
 
 
 def _is_linear(module: nn.Module) -> bool:

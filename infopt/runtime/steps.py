@@ -8,6 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
+#: New tokens of one sequence from which on their sums may be made in ways that few tokens do not allow, if the logits after
+#: all but the last are not wanted: drafts that are verified, and texts that are scored, are computed as single tokens are.
+PROMPT = 32
+
 
 @dataclass(frozen=True)
 class Run:

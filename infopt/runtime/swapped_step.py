@@ -12,7 +12,7 @@ import torch
 from infopt.errors import InputError
 from infopt.runtime.decoder import Unfit
 from infopt.runtime.kernel_linear import swap
-from infopt.runtime.steps import Output, Run
+from infopt.runtime.steps import PROMPT, Output, Run
 from infopt.runtime.weights import Wanted
 
 #: Tokens up to which all work between linear layers is too small to share.
@@ -39,7 +39,8 @@ class SwappedStep:
         others = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
         if others or getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
             raise Unfit(f"its layers keep another state than keys and values ({', '.join(others) or type(model).__name__})")
-        self.packed, self.threads = swap(model, threads, weights, head), threads
+        self.packed, self._products = swap(model, threads, weights, head)
+        self.threads = threads
         if not self.packed:
             raise Unfit("it has no linear layers")
         self.model, self.vocabulary = model, config.vocab_size
@@ -67,9 +68,9 @@ class SwappedStep:
         return float(self._kv_bytes) * length
 
     def open(self) -> Cached:
-        from transformers import DynamicCache
+        from infopt.runtime.growing_cache import growing_cache
 
-        return Cached(DynamicCache())
+        return Cached(growing_cache())
 
     def length(self, sequence: Cached) -> int:
         return sequence.length
@@ -104,6 +105,7 @@ class SwappedStep:
             total = run.sequence.length + len(run.ids)
             if total > self.context:
                 raise InputError(f"{total} tokens; the model's context allows {self.context}")
+            self._products.is_prompt = len(run.ids) >= PROMPT and not run.all_logits
             found = self.model(
                 input_ids=torch.tensor([list(run.ids)]), past_key_values=run.sequence.cache, use_cache=True,
                 logits_to_keep=0 if run.all_logits else 1,

@@ -22,7 +22,7 @@ from infopt.kernels.library import CBatch, CLayer, CMatrix, CModel, Pointers
 from infopt.kernels.packed import Packed
 from infopt.runtime.decoder import Block, Decoder, Unfit, describe
 from infopt.runtime.pages import PAGE, Pages, Sequence
-from infopt.runtime.steps import Output, Run
+from infopt.runtime.steps import PROMPT, Output, Run
 from infopt.runtime.weights import Wanted, head_kind, joined, release, require
 
 #: Tokens that go through the layers together at most: enough that weights are read from the cache, few enough to stay there.
@@ -137,7 +137,10 @@ class WholeStep:
         self.pages.close(sequence)
 
     def run(self, runs: Several[Run], want_logits: bool = True) -> Output:
-        """Long runs go in chunks; their last chunk goes with the other runs."""
+        """Long runs go in chunks; their last chunk goes with the other runs.
+
+        What is computed as a prompt goes by itself, so that no text depends on what else is in its batch.
+        """
         rest = []
         for run in runs:
             ids = list(run.ids)
@@ -145,7 +148,14 @@ class WholeStep:
                 self._step([replace(run, ids=ids[:CHUNK])], 0, want_logits=False)
                 ids = ids[CHUNK:]
             rest.append(replace(run, ids=ids))
-        return self._step(rest, sum(len(run.ids) if run.all_logits else 1 for run in rest), want_logits)
+        apart = [run for run in rest if not _is_prompt(run)]
+        prompts = [run for run in rest if _is_prompt(run)]
+        if not apart or not prompts:
+            return self._step(rest, sum(_outputs(run) for run in rest), want_logits)
+        # Prompts first; then everything in the order in which it was asked for.
+        first = self._step(prompts, len(prompts), want_logits)
+        logits = first.logits.clone() if first.logits is not None else None
+        return _in_order(rest, first, logits, self._step(apart, sum(_outputs(run) for run in apart), want_logits))
 
     def _step(self, runs: Several[Run], outputs: int, want_logits: bool, *, check: bool = False) -> Output:
         tokens = 0
@@ -165,7 +175,7 @@ class WholeStep:
         batch = call.batch
         batch.logits = self._logits.data_ptr() if want_logits and outputs else None
         batch.check, batch.bad_layer = int(check), -1
-        batch.is_prompt = tokens > len(runs) and not any(run.all_logits for run in runs)
+        batch.is_prompt = all(_is_prompt(run) for run in runs)
         self._library.infopt_step(self._engine, call.pointer)
         margins = call.margins[:outputs]
         if any(margin != margin for margin in margins):
@@ -233,6 +243,28 @@ class WholeStep:
         kept = tensor.detach().float().clone(memory_format=torch.contiguous_format)  # a view would keep the model's file mapped
         self._kept.append(kept)
         return kept.data_ptr()
+
+
+def _is_prompt(run: Run) -> bool:
+    return len(run.ids) >= PROMPT and not run.all_logits
+
+
+def _outputs(run: Run) -> int:
+    return len(run.ids) if run.all_logits else 1
+
+
+def _in_order(runs: Several[Run], prompts: Output, logits: torch.Tensor | None, others: Output) -> Output:
+    """What two steps found, in the order of `runs`; `logits` are the prompts'."""
+    places, rows = {True: 0, False: 0}, []
+    for run in runs:
+        kind = _is_prompt(run)
+        rows += [(kind, places[kind] + i) for i in range(_outputs(run))]
+        places[kind] += _outputs(run)
+    tokens = [(prompts if kind else others).tokens[row] for kind, row in rows]
+    margins = [(prompts if kind else others).margins[row] for kind, row in rows]
+    if logits is None or others.logits is None:
+        return Output(tokens, margins, None)
+    return Output(tokens, margins, torch.stack([(logits if kind else others.logits)[row] for kind, row in rows]))
 
 
 class _Call:

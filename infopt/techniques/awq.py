@@ -108,7 +108,8 @@ class Awq(GridTechnique):
         layers, rate, points = grid.chosen(shapes, self.options.ignore), machine.read_bytes_per_s, self.options.points
         step = grid.predict(self._grid, layers, shapes, before, machine)
         if step.seconds is not None and rate:
-            tried = 2 * points * len(CUTS[::2]) + 2 * len(CUTS) if self.options.clip else 2 * points
+            scales = 2 * points - 1
+            tried = scales * len(CUTS[::2]) + 2 * len(CUTS) if self.options.clip else scales
             moved = tried * grid.TRAFFIC_BYTES * sum(out * inner for out, inner in layers.values())
             step = replace(step, seconds=step.seconds + moved / rate)
         return passes.add(step, before, shapes, self.calibration_tokens, machine, passes=2)
@@ -122,7 +123,9 @@ def best_scale(
     `weight` [out, in] of all layers that read the input; `hessian` 2·E[x·xᵀ], so that the cost E‖(Q(W·s)/s − W)·x‖² is half
     of tr(Δ·H·Δᵀ); `mean` |x| by channel.
     """
-    best, least = mean, float("inf")
+    import torch
+
+    best, least = torch.ones_like(mean), float("inf")
     for scale in tried_scales(weight, mean, fold, rule, points):
         scaled = weight * scale
         shrink = best_cut(scaled, hessian, rule, CUTS[::2], scale) if clip else 1.0
@@ -141,7 +144,8 @@ def tried_scales(weight: torch.Tensor, mean: torch.Tensor, fold: Fold, rule: Gri
 
     size = fold.tied(torch.where(mean > SILENT, mean, 1.0))  # a tiny s would blow up what makes a silent channel
     groups = weight.abs().view(len(weight), -1, rule.group_size or weight.shape[1])
-    near = fold.tied((groups / groups.amax(-1, keepdim=True).clamp(min=TINY)).mean(0).flatten().clamp(min=TINY))
+    near = (groups / groups.amax(-1, keepdim=True).clamp(min=TINY)).mean(0).flatten()
+    near = fold.tied(torch.where(near > TINY, near, 1.0))  # nor must a column that nobody reads be blown up
     for form, spread in enumerate((torch.ones_like(near), near)):
         for point in range(form, points):
             scale = size ** (point / points) / spread ** (1 - point / points)

@@ -81,3 +81,16 @@ def test_attention_is_what_it_was(rounded: bool) -> None:
     assert y.dtype == torch.float32
     for found in (y, causal):
         assert (found - plain).norm() < 1e-2 * plain.norm()
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_a_row_that_sees_nothing_is_what_it_was(rounded: bool) -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    mask = torch.zeros(5, 5)
+    mask[2] = torch.finfo(torch.float32).min
+    plain = scaled_dot_product_attention(q, k, v, mask)
+    with OneDnn(rounded=rounded):
+        y = scaled_dot_product_attention(q, k, v, mask)
+        named = scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=mask)
+    assert (y - plain).norm() < 1e-2 * plain.norm()
+    torch.testing.assert_close(named, plain)

@@ -101,6 +101,24 @@ def test_both_ways_give_the_same_text(make: Make) -> None:
     assert texts[0] == texts[1]
 
 
+def test_swapped_layers_take_long_texts_back_and_forth(make: Make) -> None:
+    """Past the room that a cache has at first, cut back into it, and forked there."""
+    model = make("qwen3")
+    ids = [(11 * i * i + 5 * i) % VOCABULARY for i in range(320)]
+    expected = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    step = open_native(model, Settings(2, "float32", "float32", "float32", "swapped")).step
+    sequence = step.open()
+    step.run([Run(sequence, ids[:250])])
+    for at in range(250, 300):
+        found = step.run([Run(sequence, ids[at : at + 1])]).logits
+        assert torch.allclose(found[0], expected[at], atol=2e-4 * float(expected.std()))  # type: ignore[index]
+    fork = step.fork(sequence)
+    step.cut(sequence, 240)
+    for one, start in ((sequence, 240), (fork, 300)):
+        found = step.run([Run(one, ids[start:], all_logits=True)]).logits
+        assert torch.allclose(found, expected[start:], atol=2e-4 * float(expected.std()))  # type: ignore[arg-type]
+
+
 def test_a_nan_stops_swapped_layers_too(make: Make) -> None:
     model = make()
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan

@@ -135,6 +135,46 @@ def test_packed_kinds_stay_near(make: Make, kind: Any, most: float) -> None:
     assert step.weights_bytes < {"bfloat16": 0.55, "int8": 0.32, "int4": 0.25}[kind] * 4 * model.num_parameters()
 
 
+def last_logits(step: WholeStep, sequence: Any, ids: list[int]) -> torch.Tensor:
+    """As a prompt's."""
+    found = step.run([Run(sequence, ids)]).logits
+    assert found is not None
+    return found[0].clone()
+
+
+@pytest.mark.parametrize(("kind", "most", "apart"), [("bfloat16", 0.05, 1e-4), ("int8", 0.15, 0.1), ("int4", 1.5, 0.1)])
+def test_prompts_stay_near_what_their_tokens_give_one_by_one(make: Make, kind: Any, most: float, apart: float) -> None:
+    model = make("smollm")
+    expected, later = (wanted(model, IDS[:count])[-1] for count in (100, 103))
+    step = opened(model, threads=2, weights=kind)
+    one_by_one, sequence = logits(step, step.open(), IDS[:100])[-1], step.open()
+    found = last_logits(step, sequence, IDS[:100])
+    assert float((found - expected).std() / expected.std()) < most
+    assert float((found - one_by_one).std() / expected.std()) < apart
+    assert torch.equal(found, one_by_one) != (" amx," in step.about), "tiles were used where there are some"
+    assert float((last_logits(step, sequence, IDS[100:103]) - later).std() / expected.std()) < most
+
+
+def test_prompts_through_layers_of_several_kinds(make: Make) -> None:
+    model = make("smollm")
+    model.model.layers[1].mlp.down_proj.bfloat16()
+    step = opened(model, threads=2)
+    assert len({packed.kind for packed in step.packed}) == 2
+    found, one_by_one = last_logits(step, step.open(), IDS[:100]), logits(step, step.open(), IDS[:100])[-1]
+    assert off(found, one_by_one) < 1e-4
+
+
+def test_a_text_does_not_depend_on_its_batch(make: Make) -> None:
+    step = opened(make("smollm"), threads=2, weights="int8")
+    lengths = (100, 20, 33, 31, 300)
+    prompts = [IDS[start : start + length] for start, length in enumerate(lengths)]
+    alone = [last_logits(step, step.open(), prompt) for prompt in prompts]
+    found = step.run([Run(step.open(), prompt) for prompt in prompts])
+    assert found.logits is not None
+    assert torch.equal(found.logits, torch.stack(alone))
+    assert found.tokens == [int(each.argmax()) for each in alone]
+
+
 def test_too_much_is_refused_before_anything_is_computed(make: Make) -> None:
     step = WholeStep(make(), threads=2, most_kv_bytes=300_000)
     with pytest.raises(InputError, match=r"8 × 400 tokens take .* MB; .* kB are left"):

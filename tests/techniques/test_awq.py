@@ -74,6 +74,15 @@ def test_a_planted_outlier_is_scaled_up_and_costs_less(bits: int) -> None:
     )
 
 
+def test_a_column_that_nothing_reads_scales_nothing_else() -> None:
+    weight, x, hessian = problem(outlier=8.0)
+    with_it = best_scale(weight, hessian, x.abs().mean(0), FREE, Grid(4, 32), 20, False)
+    weight[:, 40] = 0
+    without = best_scale(weight, hessian, x.abs().mean(0), FREE, Grid(4, 32), 20, False)
+    assert 0.2 < without.min() / with_it.min() < 5
+    assert 0.2 < without.max() / with_it.max() < 5
+
+
 def test_inputs_that_share_a_source_get_one_scale() -> None:
     weight, x, hessian = problem(outlier=8.0)
     fold = Fold("v_proj", (), torch.arange(16).repeat(4))

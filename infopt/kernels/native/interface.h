@@ -54,7 +54,7 @@ struct Model {
 // New tokens, run by run: the tokens of a run follow one another in one sequence.
 struct Batch {
     int32_t tokens, runs, outputs, check;  // outputs: rows of logits wanted; check: look for the first layer with a NaN
-    int32_t is_prompt;                     // sums may be made in ways that many tokens alone allow
+    int32_t is_prompt;                     // sums may differ from those that its tokens would have one by one
     const int32_t* ids;                    // [tokens]
     const int32_t* run_start;              // [runs + 1] into tokens
     const int32_t* run_position;           // [runs]: position of a run's first token

@@ -29,7 +29,7 @@ struct TileShape {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Tiles have shapes while one of these lives. 0–3: sums, [16 tokens][16 rows] of 32 bits. HALVES: 4, 5: inputs, [16 tokens][32]
+// Tiles have shapes while one of these lives. 0–3: sums, [tokens][16 rows] of 32 bits. HALVES: 4, 5: inputs, [16 tokens][32]
 // bfloat16; 6, 7: weights, [16][16 rows][2]. INTEGERS, for up to `tokens` at a time: 4: inputs, [tokens][32] int8; 5: weights,
 // [8][16 rows][4].
 class Tiled {
@@ -57,9 +57,7 @@ class Tiled {
 // Four groups of a block's weights as tiles read them, [8][16 rows][4] unsigned bytes each: as they lie, or unpacked to `room`.
 template <int KIND>
 static inline const uint8_t* group_weights(const uint8_t* p, int groups, uint8_t* room) {
-    const int bytes = groups * GROUP * LANES / (KIND == INT4 ? 2 : 1);
-    for (int i = 0; i < bytes; i += 64) {
-        if (KIND == INT8) break;
+    for (int i = 0; KIND == INT4 && i < groups * GROUP * LANES / 2; i += 64) {
         const Bytes both = load_bytes(p + i);
         _mm512_store_si512(room + 2 * i, low_halves(both).v);
         _mm512_store_si512(room + 2 * i + 64, high_halves(both).v);

@@ -2,7 +2,7 @@
 //
 // Integer weights are made bfloat16 a block at a time, which many tokens share, and so are their inputs: both keep eight
 // bits of precision where single tokens round inputs to int8. bfloat16 weights are exact, and their inputs are split into
-// three bfloat16 parts that add up to what they were.
+// three bfloat16 parts that add up to what they were (down to numbers that have no bfloat16 but 0).
 #pragma once
 
 #include <immintrin.h>
