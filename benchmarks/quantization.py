@@ -1,4 +1,4 @@
-"""How much of what rounding loses does each method save? On text that calibration never saw, window by window.
+"""How much of what rounding, or pruning by magnitude, loses does each method save? On unseen text, window by window.
 
     python benchmarks/quantization.py [--model demo] [--windows 16] [--only gptq_int4 …] [--out FOLDER]
 
@@ -40,7 +40,7 @@ OPTIONS = LoadOptions(device="cpu")
 #: Recipes as they are shipped, and what stands beside them.
 SHIPPED = (
     "rtn_int4", "gptq_int4", "awq_int4", "autoround_int4", "llmcompressor_gptq", "qat_int3", "rtn_w8a8", "smoothquant_int8",
-    "llmcompressor_smoothquant", "mixed_int4", "nf4", "qlora_nf4",
+    "llmcompressor_smoothquant", "mixed_int4", "nf4", "qlora_nf4", "magnitude_50", "wanda_50", "sparsegpt_50",
 )  # fmt: skip
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gptq4_in_order": [{"gptq": {"bits": 4, "act_order": False}}],
@@ -57,6 +57,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "mixed_rtn": [{"mixed": {"method": "rtn"}}],
     "mixed_smaller": [{"mixed": {"average_bits": 3.93}}],
     "mixed_rtn_smaller": [{"mixed": {"method": "rtn", "average_bits": 3.85}}],
+    "llmcompressor_wanda": [{"llmcompressor": {"method": "wanda"}}],
+    "llmcompressor_sparsegpt": [{"llmcompressor": {"method": "sparsegpt"}}],
+    "magnitude_24": [{"magnitude": {"pattern": "2:4"}}],
+    "wanda_24": [{"wanda": {"pattern": "2:4"}}],
+    "sparsegpt_24": [{"sparsegpt": {"pattern": "2:4"}}],
 }
 ARMS = (*SHIPPED, *VARIANTS)
 #: (what, baseline, candidate, least share of the baseline's KLD that is removed, whether the whole interval must lie above)
@@ -79,6 +84,12 @@ SHARES: list[tuple[str, str, str, float | None, bool]] = [
     ("qlora over nf4", "nf4", "qlora_nf4", 0.0, True),
     ("gptq over llm-compressor's", "llmcompressor_gptq", "gptq_int4", -0.02, False),
     ("smoothquant over llm-compressor's", "llmcompressor_smoothquant", "smoothquant_int8", -0.02, False),
+    ("half of the weights: wanda over magnitude", "magnitude_50", "wanda_50", 0.5, False),
+    ("half of the weights: sparsegpt over magnitude", "magnitude_50", "sparsegpt_50", 0.5, False),
+    ("2 of 4 weights: wanda over magnitude", "magnitude_24", "wanda_24", None, False),
+    ("2 of 4 weights: sparsegpt over magnitude", "magnitude_24", "sparsegpt_24", None, False),
+    ("wanda over llm-compressor's", "llmcompressor_wanda", "wanda_50", -0.02, False),
+    ("sparsegpt over llm-compressor's", "llmcompressor_sparsegpt", "sparsegpt_50", -0.02, False),
 ]
 BEST_OF = ("4 bits, group 64: the best of gptq, awq and autoround", ("gptq_int4", "awq_int4", "autoround_int4"), 0.30)
 

@@ -368,6 +368,8 @@ def engine(bundle: Bundle, chosen: Recipe) -> Engine:
         notes=bundle.notes,
         **options,
     )
+    steps = (techniques.find(step.name)(step.options) for step in chosen.steps)
+    made.notes = (*made.notes, *dict.fromkeys(step.remark for step in steps if step.remark))
     return made
 
 

@@ -26,6 +26,11 @@ def adopt(folder: Path, bundle: Bundle) -> Bundle:
     return replace(bundle, model=opened.model, packed=packed, save_config=config)
 
 
+def adopt_dense(folder: Path, bundle: Bundle) -> Bundle:
+    """`bundle` with the model in `folder`, whose weights are plain ones."""
+    return replace(bundle, model=load.load(reference.parse(str(folder)), replace(bundle.plan, dtype="auto")).model)
+
+
 def _by_module(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Dotted module name → what is stored of its weight: tensors by the last part of their name."""
     from safetensors.torch import load_file

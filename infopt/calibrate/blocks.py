@@ -145,11 +145,15 @@ class Block:
         with understood(self.module):
             return self.module(x.to(self.device), **(self.arguments[len(x)] | other))
 
+    def replace(self, name: str, weight: torch.Tensor) -> None:
+        """Finishes a layer: it has another weight, of the same shape and dtype."""
+        self.linears[name].weight.data = weight.detach()
+        self.finished.add(name)
+
     def pack(self, name: str, tensors: dict[str, torch.Tensor], dense: torch.Tensor) -> None:
         """Finishes a layer: `tensors` are stored in place of its weight, `dense` is what they stand for."""
-        self.linears[name].weight.data = dense
         self.packed[name] = tensors
-        self.finished.add(name)
+        self.replace(name, dense)
 
     @torch.no_grad()
     def _pass(self, wanted: set[str], see: See, batches: slice = slice(None)) -> None:

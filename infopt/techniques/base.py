@@ -7,16 +7,17 @@ that a recipe can be checked in milliseconds.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from infopt.layers import grid
+from infopt.layers import grid, sparsity
 from infopt.layers.grid import Grid, ScaleDType
 from infopt.needs import Needs
 from infopt.protocols import Context, Machine, Prediction, Shapes
 
-__all__ = ["GridOptions", "GridTechnique", "Modules", "Needs", "Options", "Technique"]
+__all__ = ["GridOptions", "GridTechnique", "Modules", "Needs", "Options", "PruneOptions", "PruneTechnique", "Technique"]
 
 Modules = Annotated[tuple[str, ...], Field(strict=False)]
 """Names of modules, as globs over dotted names or as last parts; a list in YAML."""
@@ -53,6 +54,9 @@ class Technique:
 
     is_record: ClassVar[bool] = False
     """True when the model answers as before: what the step writes is for other engines."""
+
+    remark: str | None = None
+    """What every report of a model that it made says. An instance may set its own."""
 
     packs: bool = False
     """True when its weights are packed afterwards, so that no later step can change them. An instance may set its own."""
@@ -133,3 +137,31 @@ class GridTechnique(Technique):
 
         packing.open_packed(bundle.model)
         return bundle
+
+
+class PruneOptions(Options):
+    """Which weights of which layers become zero."""
+
+    sparsity: float = Field(default=0.5, gt=0, lt=1)
+    pattern: Literal["2:4", "4:8"] | None = None
+    ignore: Modules = ("lm_head",)
+
+
+class PruneTechnique(Technique):
+    """Base of techniques that set weights of linear layers to zero. Subclasses override `apply`; options are `PruneOptions`."""
+
+    needs = Needs(modules=("compressed_tensors",))
+    neutral: ClassVar = {"ignore": ["*"]}
+    remark = sparsity.REMARK
+    options: PruneOptions
+
+    def check(self, shapes: Shapes, path: str) -> None:
+        grid.check_ignore(shapes, self.options.ignore, path)
+        if self.walks:
+            grid.check_inside_blocks(shapes, self.options.ignore, path)
+        sparsity.check(shapes, self.options.sparsity, self.options.pattern, self.options.ignore, path)
+
+    def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
+        rate = machine.read_bytes_per_s
+        weights = sum(out * inner for out, inner in grid.chosen(shapes, self.options.ignore).values())
+        return replace(before, seconds=weights * grid.TRAFFIC_BYTES / rate if rate else None)

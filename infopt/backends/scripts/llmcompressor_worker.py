@@ -30,9 +30,14 @@ def main() -> None:
 def modifiers(options: dict[str, Any]) -> list[Any]:
     """What llm-compressor calls a recipe."""
     from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
+    if options["pruning"] is not None:
+        chosen = dict(options["pruning"])
+        make = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[chosen.pop("method")]
+        return [make(**chosen, targets=["Linear"], ignore=options["ignore"])]
     scheme = options["scheme"]  # a preset's name, or a group of its own
     target = {"scheme": scheme} if isinstance(scheme, str) else {"config_groups": {"group_0": scheme}}
     target["ignore"] = options["ignore"]

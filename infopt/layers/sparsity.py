@@ -1,0 +1,56 @@
+"""Which weights stay when some are set to zero: by a score each, over a layer, over a row, or so many of every few."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from infopt.errors import RecipeError
+from infopt.layers import grid
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+
+    from infopt.protocols import Shapes
+
+#: What every report says of a model whose weights are zeros here and there.
+REMARK = "weights are zeros where they were pruned; no shape changed, so neither its size nor its speed is expected to"
+
+
+def kept_of(pattern: str) -> tuple[int, int]:
+    """`2:4` → 2 of 4 neighbouring inputs."""
+    kept, _, of = pattern.partition(":")
+    return int(kept), int(of)
+
+
+def check(shapes: Shapes, sparsity: float, pattern: str | None, ignore: Iterable[str], path: str) -> None:
+    """Refuses a pattern that a layer's inputs do not divide into, or that goes with another sparsity. Raises RecipeError."""
+    if pattern is None:
+        return
+    kept, of = kept_of(pattern)
+    if sparsity != 1 - kept / of:
+        raise RecipeError(f"{path}.sparsity", f"found {sparsity}; allowed: {1 - kept / of}, the share that {pattern} leaves out")
+    odd = {inner: name for name, (_, inner) in grid.chosen(shapes, ignore).items() if inner % of}
+    if odd:
+        inner, name = next(iter(odd.items()))
+        message = f"{name} has {inner} inputs, which do not divide into groups of {of}"
+        raise RecipeError(f"{path}.pattern", message, hint="pattern: null")
+
+
+def keep(scores: torch.Tensor, sparsity: float, pattern: str | None = None, *, by_row: bool = False) -> torch.Tensor:
+    """bool [rows, inputs]: False for the lowest share of `scores` in all rows together, in each row, or in each group of inputs.
+
+    Of equal scores the first go, so that exactly the share that was asked for does.
+    """
+    import torch
+
+    if pattern is None:
+        compared = scores if by_row else scores.reshape(1, -1)
+        count = round(compared.shape[1] * sparsity)
+    else:
+        kept, of = kept_of(pattern)
+        compared, count = scores.reshape(-1, of), of - kept
+    lowest = compared.argsort(dim=1, stable=True)[:, :count]
+    found = torch.ones_like(compared, dtype=torch.bool).scatter_(1, lowest, False)
+    return found.view(scores.shape)
