@@ -65,9 +65,9 @@ class Mixed(GridTechnique):
     artifact's `sensitivity.json` says what was predicted so and what was then measured, `sensitivity.svg` shows both choices and
     costs. Units are the layers that engines fuse and that read the same input: q, k and v; o; gate and up; down.
 
-    average_bits  the size that every layer at so many bits would have, scales included; default None (null), which is 4.0
+    average_bits  the size that every layer at so many bits would have, scales included; default null, which is 4.0
                   where max_kld is not given.
-    max_kld       nats that the sum of the units' KLD may reach, at least bytes; default None (null). Instead of average_bits.
+    max_kld       nats that the sum of the units' KLD may reach, at least bytes; default null. Instead of average_bits.
     widths        bits to choose from, of 2, 3, 4, 5, 6 and 8; default [3, 4, 5, 6]. [4, 8] where vLLM is to run it.
     method        how layers are rounded, to measure and in the end: gptq (default), or rtn. Measured by rounding to nearest,
                   the widths would be those that suit rounding: gptq then gains nothing on one width for all.

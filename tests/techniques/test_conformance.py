@@ -170,6 +170,8 @@ def test_its_docstring_is_its_manual(name: str) -> None:
 
 
 def _default(value: Any) -> str:
+    if value is None:
+        return "null"  # as in YAML
     if isinstance(value, bool):
         return str(value).lower()
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
