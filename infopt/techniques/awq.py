@@ -108,7 +108,7 @@ class Awq(GridTechnique):
         layers, rate, points = grid.chosen(shapes, self.options.ignore), machine.read_bytes_per_s, self.options.points
         step = grid.predict(self._grid, layers, shapes, before, machine)
         if step.seconds is not None and rate:
-            scales = 2 * points - 1
+            scales = points * min(points, 2)
             tried = scales * len(CUTS[::2]) + 2 * len(CUTS) if self.options.clip else scales
             moved = tried * grid.TRAFFIC_BYTES * sum(out * inner for out, inner in layers.values())
             step = replace(step, seconds=step.seconds + moved / rate)
@@ -136,7 +136,9 @@ def best_scale(
 
 
 def tried_scales(weight: torch.Tensor, mean: torch.Tensor, fold: Fold, rule: Grid, points: int) -> Iterator[torch.Tensor]:
-    """mean|x|^α for α in {0, 1/points, …} (AWQ, equation 5), then mean|x|^α ÷ w^(1 − α) for α > 0, each around 1.
+    """mean|x|^α for α in {0, 1/points, …} (AWQ, equation 5), then mean|x|^α ÷ w^(1 − α), each around 1.
+
+    One point is no scaling.
 
     w is how near a column's weights come to the ranges of their groups: those that are near must not be scaled up.
     """
@@ -146,8 +148,8 @@ def tried_scales(weight: torch.Tensor, mean: torch.Tensor, fold: Fold, rule: Gri
     groups = weight.abs().view(len(weight), -1, rule.group_size or weight.shape[1])
     near = (groups / groups.amax(-1, keepdim=True).clamp(min=TINY)).mean(0).flatten()
     near = fold.tied(torch.where(near > TINY, near, 1.0))  # nor must a column that nobody reads be blown up
-    for form, spread in enumerate((torch.ones_like(near), near)):
-        for point in range(form, points):
+    for spread in (torch.ones_like(near), near)[: min(points, 2)]:
+        for point in range(points):
             scale = size ** (point / points) / spread ** (1 - point / points)
             yield scale / (scale.max() * scale.min()).sqrt()
 

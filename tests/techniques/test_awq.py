@@ -52,8 +52,8 @@ def test_the_scale_is_the_best_of_either_form_on_the_tokens_themselves(seed: int
     losses, tried = [], []
     groups = weight.double().abs().view(24, 2, 32)
     near = (groups / groups.amax(-1, keepdim=True)).mean(0).flatten()
-    for index in range(39):
-        point = index if index < 20 else index - 19
+    for index in range(40):
+        point = index % 20
         scale = x.double().abs().mean(0) ** (point / 20) / (1 if index < 20 else near ** (1 - point / 20))
         tried.append(scale / (scale.max() * scale.min()).sqrt())
         losses.append(float(loss(x, round_plainly(weight.double() * tried[-1], 32) / tried[-1] - weight).sum()))
