@@ -191,10 +191,9 @@ constexpr int TILE = 1, LEAST_TILED = 1;  // no tiles
 static inline bool may_use_tiles() { return false; }
 enum class Tiles { NONE, INTEGERS, HALVES };
 struct Tiled {
-    Tiled(Tiles, int) {}
+    explicit Tiled(Tiles) {}
 };
-static inline int tile_rows(int) { return 1; }
-static inline void tile(const Matrix&, const Inputs&, int, int, int, F*) {}
+static inline void tile(const Matrix&, const Inputs&, int, int, F*) {}
 static inline bool is_for_prompts(const Matrix&, int) { return false; }
 static inline int parts_of(const Matrix&) { return 0; }
 static inline void split_row(const float*, int, int, uint16_t*, size_t) {}
@@ -220,9 +219,8 @@ static inline bool is_tiled(const Matrix& w, int tokens) {
 template <int BLOCKS, class Use>
 static inline void each_token_tile(const Matrix& w, const Inputs& x, int tokens, int block, Use use) {
     F y[BLOCKS][MOST_TOGETHER];
-    const int rows = tile_rows(tokens);
     for (int t = 0; t < tokens; t += TILE) {
-        for (int b = 0; b < BLOCKS; b++) tile(w, x, t, block + b, rows, y[b]);
+        for (int b = 0; b < BLOCKS; b++) tile(w, x, t, block + b, y[b]);
         use(t, tokens - t < TILE ? tokens - t : TILE, y);
     }
 }

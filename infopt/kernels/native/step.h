@@ -15,7 +15,6 @@ namespace INFOPT_ISA {
 
 // Tokens up to which every thread prepares all inputs of a product for itself, instead of a share of them and a barrier.
 constexpr int FEW = 2;
-constexpr int FETCHED = 32 << 10;  // bytes
 
 struct Best {
     float first = -INFINITY, second = -INFINITY;
@@ -150,14 +149,6 @@ class Step {
         return in;
     }
 
-    // Starts to fetch the weights that this thread reads first of a product to come, while it waits for the others.
-    void fetch(const Matrix& w, int thread, int together = 1) const {
-        const int64_t block = int64_t(blocks_of(w) / together) * thread / pool.threads() * together;
-        const int64_t bytes = w.kind == FLOAT32 ? 4 * w.inner : w.kind == BFLOAT16 ? 2 * w.inner : w.kind == INT8 ? w.inner : w.inner / 2;
-        const char* p = (const char*)w.weights + block * bytes * LANES;
-        for (int i = 0; i < FETCHED; i += 64) __builtin_prefetch(p + i, 0, 2);
-    }
-
     // Calls use(block, first token, columns, F y[TOGETHER][MOST_TOGETHER]) for all tokens' products with this thread's share
     // of the blocks of rows, TOGETHER of them at a time.
     template <int TOGETHER = 1, class Use>
@@ -166,12 +157,12 @@ class Step {
         const int first = int(units * thread / threads) * TOGETHER, last = int(units * (thread + 1) / threads) * TOGETHER;
         int block = first;
         if (in.parts) {
-            const Tiled tiled(Tiles::HALVES, TILE);
+            const Tiled tiled(Tiles::HALVES);
             for (; block + 2 <= last; block += 2) prompt_products<TOGETHER, 2>(w, in, tokens, block, use);
             if (block < last) prompt_products<TOGETHER, TOGETHER>(w, in, tokens, block, use);
             return;
         }
-        const Tiled tiled(is_tiled(w, tokens) ? Tiles::INTEGERS : Tiles::NONE, tile_rows(tokens));
+        const Tiled tiled(is_tiled(w, tokens) ? Tiles::INTEGERS : Tiles::NONE);
         for (; block < last; block += TOGETHER)
             each_tile<TOGETHER>(w, in, tokens, block, [&](int t, int columns, F(*y)[MOST_TOGETHER]) { use(block, t, columns, y); });
     }
@@ -204,20 +195,19 @@ class Step {
             products(layer.qkv, in, tokens, thread, [&](int block, int t, int columns, F(*y)[MOST_TOGETHER]) {
                 for (int c = 0; c < columns; c++) store(joined.data() + size_t(t + c) * joined_width() + block * LANES, y[0][c]);
             });
-            fetch(layer.output, thread);
             pool.barrier();
             turn<T>(batch, layer, index, thread);
             pool.barrier();
             for (size_t task = thread; task < tasks.size(); task += pool.threads()) attend_task<T>(batch, layer, index, int(task), thread);
             pool.barrier();
             in = prepare(layer.output, tokens, thread, [&](int t, float* to) { combine(batch, t, to, layer.output.inner); });
-            join(layer.output, in, tokens, thread, layer.attention_out_norm, layer.gate_up, 2);
+            join(layer.output, in, tokens, thread, layer.attention_out_norm);
             in = prepare(layer.gate_up, tokens, thread, [&](int t, float* to) { normed(t, layer.feed_norm, to); });
             feed(layer, in, tokens, thread);
             in = prepare(layer.down, tokens, thread, [&](int t, float* to) {
                 memcpy(to, activated.data() + size_t(t) * layer.down.inner, size_t(layer.down.inner) * sizeof(float));
             });
-            join(layer.down, in, tokens, thread, layer.feed_out_norm, index + 1 < m.layers ? m.layer[index + 1].qkv : *m.head);
+            join(layer.down, in, tokens, thread, layer.feed_out_norm);
             if (batch.check && thread == 0 && batch.bad_layer < 0 && !is_finite(tokens)) batch.bad_layer = index;
         }
         answer(batch, thread);
@@ -236,7 +226,7 @@ class Step {
     }
 
     // Adds a product to the hidden states, through a norm of its own where the layer has one.
-    void join(const Matrix& w, const Inputs& in, int tokens, int thread, const float* norm, const Matrix& next, int together = 1) {
+    void join(const Matrix& w, const Inputs& in, int tokens, int thread, const float* norm) {
         float* target = norm ? added.data() : hidden.data();
         products(w, in, tokens, thread, [&](int block, int t, int columns, F(*y)[MOST_TOGETHER]) {
             for (int c = 0; c < columns; c++) {
@@ -244,7 +234,6 @@ class Step {
                 store(to, norm ? y[0][c] : add(load(to), y[0][c]));
             }
         });
-        fetch(next, thread, together);
         pool.barrier();
         if (!norm) return;
         for (int t = thread; t < tokens; t += pool.threads()) {
@@ -340,7 +329,6 @@ class Step {
                     activated.data() + size_t(t + c) * stride + block / 2 * LANES,
                     mul(is_silu ? silu(y[0][c]) : gelu_tanh(y[0][c]), y[1][c]));
         });
-        fetch(layer.down, thread);
         pool.barrier();
     }
 
