@@ -368,8 +368,9 @@ def engine(bundle: Bundle, chosen: Recipe) -> Engine:
         notes=bundle.notes,
         **options,
     )
-    steps = (techniques.find(step.name)(step.options) for step in chosen.steps)
-    made.notes = (*made.notes, *dict.fromkeys(step.remark for step in steps if step.remark))
+    # What the last step says holds: one after pruning may fill the zeros, or store them in fewer bits.
+    last = [techniques.find(step.name)(step.options).remark for step in chosen.steps[-1:]]
+    made.notes = (*made.notes, *filter(None, last))
     return made
 
 

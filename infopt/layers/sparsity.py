@@ -45,12 +45,25 @@ def keep(scores: torch.Tensor, sparsity: float, pattern: str | None = None, *, b
     """
     import torch
 
-    if pattern is None:
-        compared = scores if by_row else scores.reshape(1, -1)
-        count = round(compared.shape[1] * sparsity)
-    else:
+    if pattern is not None:
         kept, of = kept_of(pattern)
         compared, count = scores.reshape(-1, of), of - kept
+    elif by_row:
+        compared, count = scores, round(scores.shape[1] * sparsity)
+    else:
+        return _keep_in_all(scores.flatten(), round(scores.numel() * sparsity)).view(scores.shape)
     lowest = compared.argsort(dim=1, stable=True)[:, :count]
     found = torch.ones_like(compared, dtype=torch.bool).scatter_(1, lowest, False)
     return found.view(scores.shape)
+
+
+def _keep_in_all(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """False for the `count` lowest, without sorting a whole layer."""
+    import torch
+
+    if count == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count).values
+    gone = scores < threshold
+    gone[(scores == threshold).nonzero()[: count - int(gone.sum()), 0]] = True
+    return ~gone

@@ -22,6 +22,8 @@ class Magnitude(PruneTechnique):
     pattern   null (default): anywhere in a layer. 2:4, 4:8: so many of so many neighbouring inputs stay in every row, which
               leaves half; sparsity must be 0.5.
     ignore    modules left alone, as globs or last parts; default [lm_head].
+
+    Of steps that may follow, rtn keeps the zeros; gptq and training fill them.
     """
 
     Options = PruneOptions

@@ -36,6 +36,8 @@ class Sparsegpt(PruneTechnique):
               sparsity must be 0.5.
     damping   share of H's mean diagonal that is added to it, 0 … 1, default 0.01; raise it where calibration is short.
     ignore    modules left alone, as globs or last parts; default [lm_head].
+
+    Of steps that may follow, rtn keeps the zeros; gptq and training fill them.
     """
 
     Options = SparsegptOptions

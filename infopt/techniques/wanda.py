@@ -26,6 +26,8 @@ class Wanda(PruneTechnique):
     sparsity  share of every row that becomes zero, 0 … 1, default 0.5.
     pattern   null (default): anywhere in a row. 2:4, 4:8: so many of so many neighbouring inputs stay; sparsity must be 0.5.
     ignore    modules left alone, as globs or last parts; default [lm_head].
+
+    Of steps that may follow, rtn keeps the zeros; gptq and training fill them.
     """
 
     Options = PruneOptions

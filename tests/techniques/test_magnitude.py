@@ -90,6 +90,16 @@ def test_a_share_that_leaves_nothing_or_everything_is_refused(share: float) -> N
             techniques.find(method).Options(sparsity=share)  # type: ignore[call-arg]
 
 
+def test_rounding_keeps_the_zeros_and_says_what_it_says_alone(make: Make, tmp_path: Path) -> None:
+    made = chosen({"magnitude": {"pattern": "2:4"}}, {"rtn": {"bits": 8, "group_size": None}})
+    optimize.optimize("tiny", made, tmp_path / "out", LoadOptions(device="cpu"))
+    spec = arms.spec(str(tmp_path / "out"), None, ["engine.name=transformers"])
+    bundle = pipeline.open_arm(spec, "cpu", LoadOptions(device="cpu"))
+    assert sparsity.REMARK not in pipeline.engine(bundle, spec.recipe).notes
+    weight = bundle.model.model.layers[0].mlp.up_proj.weight
+    assert ((weight.view(-1, 4) == 0).sum(1) >= 2).all()
+
+
 def test_a_quantized_model_is_not_pruned(make: Make, tiny_bundle: Bundle) -> None:
     with pytest.raises(InputError, match="quantized already"):
         make("magnitude").apply(make("rtn", bits=8, group_size=None).apply(tiny_bundle, CONTEXT), CONTEXT)
