@@ -146,3 +146,9 @@ def demo_quality(demo_folder: Path) -> Callable[[Bundle], float]:
     windows = torch.tensor(ids).view(4, 512)
     expected = losses(reference_bundle, windows)
     return lambda bundle: float((losses(bundle, windows) - expected).mean().exp())
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Definitions are held in float32, on processors too where calibration would round operands to bfloat16."""
+    monkeypatch.setattr("infopt.kernels.onednn._has_tiles", lambda: False)
