@@ -119,7 +119,7 @@ class Step {
         partials.resize(tasks.size());
         const int widest = std::max({width, padded(queries, GROUP), padded(m.intermediate, GROUP)});
         int most_parts = splits_in(*m.head, batch.outputs);
-        for (int index = 0; index < m.layers; index++)
+        for (int index = 0; in_prompt && index < m.layers; index++)
             for (const Matrix* w : {&m.layer[index].qkv, &m.layer[index].output, &m.layer[index].gate_up, &m.layer[index].down})
                 most_parts = std::max(most_parts, splits_in(*w, tokens));
         shared.of(widest, tokens, most_parts);

@@ -13,7 +13,7 @@
 namespace INFOPT_ISA {
 
 constexpr int TILE = 16;         // tokens of a tile
-constexpr int LEAST_TILED = 32;  // fewer tokens wait for memory, which lanes overlap better with (5 tokens: 1.2 steps, not 1.5)
+constexpr int LEAST_TILED = 32;  // fewer wait for memory, which lanes overlap better with: 5 tokens cost 1.2 steps so, and 1.5 in tiles
 
 // Whether the kernel lets this process use tiles; asked once.
 static inline bool may_use_tiles() {

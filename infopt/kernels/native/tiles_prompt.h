@@ -16,7 +16,7 @@
 namespace INFOPT_ISA {
 
 constexpr int PAIR = 2 * TILE;    // tokens that share weights in tiles
-constexpr int LEAST_PROMPT = 32;  // tokens for which weights are made bfloat16
+constexpr int LEAST_PROMPT = 32;  // tokens for which weights are made bfloat16, as in `infopt/runtime/steps.py`
 
 static inline bool is_for_prompts(const Matrix& w, int tokens) {
     return w.kind != FLOAT32 && tokens >= LEAST_PROMPT && may_use_tiles();
