@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from infopt import optimize, pipeline, recipe, techniques, units
+from infopt import host, optimize, pipeline, recipe, techniques, units
 from infopt.arms import ArmSpec
 from infopt.artifact import read_artifact
 from infopt.data import texts
@@ -275,7 +275,7 @@ def main() -> int:
     bench = Bench(asked.model, asked.windows)
     facts = {
         "model": asked.model, "windows": len(bench.windows), "tokens": TOKENS, "calibration": CALIBRATION,
-        "versions": pipeline.versions(), "python": platform.python_version(),
+        "versions": host.versions(), "python": platform.python_version(),
     }  # fmt: skip
     scores = earlier(asked.out, facts)
     for name in asked.only:

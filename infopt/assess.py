@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from infopt import leakage, pipeline
+from infopt import host, leakage, pipeline
 from infopt.arms import ArmSpec, way
 from infopt.data import choices, prompts, texts
 from infopt.data.candidates import require_rules
@@ -69,8 +69,8 @@ def assess(
 
     `failed`: by tier, why its figures are null.
     """
-    device = pipeline.device_name(options.device)
-    pipeline.set_threads(options.threads)
+    device = host.device_name(options.device)
+    host.set_threads(options.threads)
     base = _Assessed(pipeline.open_arm(reference, device, options, progress), reference, settings, progress)
     identity = {
         "reference": base.bundle.description,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infopt import artifact, leakage, pipeline
+from infopt import artifact, host, leakage, pipeline
 from infopt.model import atomic, load, reference, save, shapes
 from infopt.protocols import Machine, Prediction, Shapes
 from infopt.recipe import Recipe
@@ -58,8 +58,8 @@ def forecast(model: str, chosen: Recipe, out: Path, options: LoadOptions) -> For
     ref = pipeline.resolve(model, options)
     leakage.of_recipe(chosen, options.allow_leakage)
     imports_s = _import_seconds()
-    device = pipeline.device_name(options.device)
-    machine = pipeline.machine(device, pipeline.set_threads(options.threads))
+    device = host.device_name(options.device)
+    machine = host.measured(device, host.set_threads(options.threads))
     found = shapes.shapes(ref)
     pipeline.calibration_ids(ref, chosen)  # refuses what is too short
     open_s = _open_seconds()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from infopt import optimize, pipeline
+from infopt import host, optimize, pipeline
 from infopt.arms import ArmSpec
 from infopt.data.candidates import require_rules
 from infopt.data.expect import Expect
@@ -48,8 +48,8 @@ def generate(
         raise InputError("the prompt is empty", hint='infopt generate demo "Name the capital of France."')
     row, sampling = Prompt(id="prompt", text=prompt, is_raw=is_raw, max_tokens=tokens, expect=expect), spec.recipe.sampling
     require_rules([row], sampling.choose)
-    device = pipeline.device_name(options.device)
-    pipeline.set_threads(options.threads)
+    device = host.device_name(options.device)
+    host.set_threads(options.threads)
     folder = optimize.ensure(spec, options, progress)
     ready = spec if folder is None else replace(spec, model=str(Path(folder)), is_artifact=True)
     bundle = pipeline.open_arm(ready, device, options, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from infopt import pipeline, units
+from infopt import host, pipeline, units
 from infopt.measure import roofline
 from infopt.model import shapes
 from infopt.protocols import Machine, Shapes
@@ -19,8 +19,8 @@ def inspect(model: str, options: LoadOptions, context: int) -> dict[str, Any]:
     """Shapes, sizes and limits as one JSON-able document. Raises InputError."""
     ref = pipeline.resolve(model, options)
     found = shapes.shapes(ref)
-    device = pipeline.device_name(options.device)
-    machine = pipeline.machine(device, pipeline.set_threads(options.threads))
+    device = host.device_name(options.device)
+    machine = host.measured(device, host.set_threads(options.threads))
     kv = found.kv_bytes_per_token(2)
     return {
         "schema_version": 1,

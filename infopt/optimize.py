@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infopt import __version__, artifact, leakage, pipeline, units
+from infopt import __version__, artifact, host, leakage, pipeline, units
 from infopt.arms import ArmSpec, file_name
 from infopt.artifact import Artifact, LoadBack
 from infopt.data import texts
@@ -60,8 +60,8 @@ def optimize(
     save.require_free_target(out)
     ref = pipeline.resolve(model, options)
     leaks = leakage.of_recipe(chosen, options.allow_leakage)
-    device = pipeline.device_name(options.device)
-    pipeline.set_threads(options.threads)
+    device = host.device_name(options.device)
+    host.set_threads(options.threads)
     log = StepLog(chosen, device, len(chosen.steps) > 1, progress)
     with unfinished(beside or out, build_key(ref, chosen, options), resume) as kept:
         bundle, found, source = pipeline.build(
@@ -87,7 +87,7 @@ def optimize(
                 leaks=leaks,
                 notes=("no layer was quantized: the recipe's ignore leaves none",) if is_idle else (),
                 seed=options.seed,
-                versions=pipeline.versions(found),
+                versions=host.versions(found),
                 bytes_before=shapes.stored_bytes(ref),
                 bytes_after=shapes.stored_bytes(staging),
                 content_hash=made.content_hash,
@@ -150,7 +150,7 @@ def build_key(ref: ModelReference, chosen: Recipe, options: LoadOptions) -> str:
         "dtype": chosen.engine.dtype,
         "seed": options.seed,
         "calibration": calibration,
-        "versions": pipeline.versions(found),
+        "versions": host.versions(found),
     }
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -246,7 +246,7 @@ class _Build:
         """By plain transformers. That it refuses, where the installed libraries are known not to read the format, is recorded."""
         saved = pipeline.as_stored(self.recipe)
         plan = pipeline.load_plan(saved, self.device, trust_remote_code=self.options.trust_remote_code)
-        reader = f"plain transformers {pipeline.versions()['transformers']}"
+        reader = f"plain transformers {host.versions()['transformers']}"
         from infopt.layers.kv_ranges import leave_cache_alone
 
         gap = compressed.gap(checkpoint.read_config(self.staging).get("quantization_config"), dtype)

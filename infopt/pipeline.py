@@ -18,10 +18,8 @@ from infopt.arms import ArmSpec
 from infopt.data import calibration
 from infopt.data.calibration import Source
 from infopt.errors import InputError, MissingNeedError, RecipeError
-from infopt.measure import environment, memory, nvml, peaks
-from infopt.measure.clock import WallClock
+from infopt.measure import memory
 from infopt.model import load, reference, shapes
-from infopt.model.cache import cache_dir
 from infopt.model.plan import LoadPlan
 from infopt.needs import missing_need
 from infopt.protocols import Context, Engine, Machine, Prediction, Progress, Sampling, Shapes
@@ -42,32 +40,12 @@ SPARE_TOKENS = 0.01
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def device_name(asked: str) -> str:
-    """`auto` is CUDA where there is one, else the CPU. Raises InputError for what infopt cannot time."""
-    import torch
-
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
-    WallClock(chosen)
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {chosen!r}: this torch ({torch.__version__}) sees no CUDA device", hint="infopt doctor")
-    return chosen
-
-
-def set_threads(threads: int | None) -> int:
-    """Threads that torch uses from now on."""
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return int(torch.get_num_threads())
-
-
 def resolve(model: str, options: LoadOptions) -> ModelReference:
     return reference.parse(model, revision=options.revision, trust_remote_code=options.trust_remote_code)
 
 
 def build_techniques(chosen: Recipe, model_shapes: Shapes, device: str = "auto") -> list[Technique]:
-    """The recipe's techniques, each checked against the model's shapes, this machine and the device asked for.
+    """The recipe's techniques, each checked against the shapes that it finds, this machine and the device asked for.
 
     Raises RecipeError, MissingNeedError.
     """
@@ -80,10 +58,16 @@ def build_techniques(chosen: Recipe, model_shapes: Shapes, device: str = "auto")
             raise MissingNeedError(f"{chosen.place(index)}: {lacking.message}", hint=lacking.hint)
         technique.cache_dtype, technique.device = chosen.cache.dtype, device
         technique.check(model_shapes, chosen.place(index))
+        model_shapes = technique.reshape(model_shapes)
         technique.calibration_tokens = chosen.calibration.samples * chosen.calibration.tokens
         technique.calibration_samples = chosen.calibration.samples
         found.append(technique)
     return found
+
+
+def unchecked(chosen: Recipe) -> list[Technique]:
+    """The techniques that an artifact was made with, whatever shapes they left of the model."""
+    return [techniques.find(step.name, chosen.place(index))(step.options) for index, step in enumerate(chosen.steps)]
 
 
 def import_libraries(chosen: Recipe) -> None:
@@ -121,6 +105,7 @@ def predict(chosen: Recipe, model_shapes: Shapes, loaded: Prediction, machine: M
     state = loaded
     for technique, step in zip(build_techniques(chosen, model_shapes, machine.device), chosen.steps, strict=True):
         state = technique.predict(model_shapes, state, machine)
+        model_shapes = technique.reshape(model_shapes)
         rows.append((step.name, state))
     return rows
 
@@ -197,7 +182,12 @@ def build(
         bundle = load.load(ref, plan, progress)
     if observer.wants_reference and loading is None:
         observer.loaded(bundle)
-    context = Context(seed=options.seed, device=device, calibration_ids=samples, progress=progress)
+
+    def open_model(name: str | None) -> Bundle:
+        source = resolve(name, options) if name else ref
+        return load.load(source, load_plan(chosen, device, trust_remote_code=options.trust_remote_code), progress)
+
+    context = Context(seed=options.seed, device=device, calibration_ids=samples, progress=progress, open_model=open_model)
     for index, technique in enumerate(storable):
         if index != loading:
             progress(f"applying {chosen.steps[index].name}")
@@ -238,7 +228,7 @@ def reopen(
 
 def finish(folder: Path, chosen: Recipe, at_load: Sequence[int], device: str, options: LoadOptions, progress: Progress) -> Bundle:
     """The weights in `folder` with what a file could not hold done again: steps `at_load`, and faster layers."""
-    found = [techniques.find(step.name, chosen.place(i))(step.options) for i, step in enumerate(chosen.steps)]
+    found = unchecked(chosen)
     plan = load_plan(chosen, device, trust_remote_code=options.trust_remote_code)
     for index in at_load:
         lacking = missing_need(found[index].needs, device)
@@ -372,23 +362,3 @@ def engine(bundle: Bundle, chosen: Recipe) -> Engine:
     last = [techniques.find(step.name)(step.options).remark for step in chosen.steps[-1:]]
     made.notes = (*made.notes, *filter(None, last))
     return made
-
-
-def machine(device: str, threads: int) -> Machine:
-    """This machine's measured peaks, from the cache when it is the same machine with the same threads."""
-    gpu, _ = nvml.open_gpu(device)
-    fingerprint = environment.fingerprint(environment.gather(device, threads, gpu))
-    return peaks.cached_machine(cache_dir() / "peaks.json", fingerprint, lambda: peaks.measure_machine(device))
-
-
-def versions(found: Sequence[Technique] = ()) -> dict[str, str]:
-    """The libraries that decide what an artifact holds, and the environments that `found` ran in."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    known = {f"environment {env.name}": env.provenance() for each in found if (env := each.needs.environment)}
-    for name in ("infopt", "torch", "transformers", "compressed-tensors", "bitsandbytes", "optimum-quanto", "torchao"):
-        try:
-            known[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return known

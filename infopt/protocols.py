@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from infopt.sections import Choose
 
@@ -159,3 +159,5 @@ class Context:
     progress: Progress = lambda line: None
     unfinished: Path | None = None
     """A folder for what lets an interrupted step go on; None keeps nothing."""
+    open_model: Callable[[str | None], Any] | None = None
+    """Opens another model by its reference, or, given None, the one that the recipe started from, as a bundle of its own."""

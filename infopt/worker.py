@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from infopt import artifact, assess, optimize, pipeline
+from infopt import artifact, assess, host, optimize, pipeline
 from infopt.arms import ArmSpec
 from infopt.data import prompts, texts
 from infopt.errors import InfoptError, InputError
@@ -51,8 +51,8 @@ class OpenArm:
 
     def __init__(self, spec: ArmSpec, options: LoadOptions, workload: WorkloadSpec, machine: Machine | None, emit: Emit) -> None:
         self.spec, self.options, self._emit = spec, options, emit
-        self.device = pipeline.device_name(options.device)
-        self.threads = pipeline.set_threads(options.threads)
+        self.device = host.device_name(options.device)
+        self.threads = host.set_threads(options.threads)
         self.clock = WallClock(self.device)
         self.gpu, gpu_reason = nvml.open_gpu(self.device)
         self.memory = memory.MemoryWatch(self.device, self.gpu, gpu_reason)
@@ -152,7 +152,7 @@ class OpenArm:
         element = pipeline.ELEMENT_BYTES[dtype]
         if self.engine.name == pipeline.NATIVE:
             return self._native_traffic()
-        found = pipeline.build_techniques(self.spec.recipe, self.shapes, self.device)
+        found = pipeline.unchecked(self.spec.recipe)
         # As stored, or as held in memory where steps ran at load or a .gguf file was dequantized.
         is_held = self.reference.kind == "gguf" or pipeline.first_at_load(self.spec.recipe, found) < len(found)
         stored = self._held_bytes() if is_held else shapes.stored_bytes(self.reference)

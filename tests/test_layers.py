@@ -31,7 +31,7 @@ LEVELS: list[list[str]] = [
     ["runtime"],
     ["backends"],
     ["techniques", "engines", "measure", "quality"],
-    ["arms", "judging", "process"],
+    ["arms", "host", "judging", "process"],
     ["arm_run", "pipeline"],
     ["leakage", "step_log"],
     ["assess", "bench", "doctor", "forecast", "inspect", "models", "optimize", "results"],

@@ -9,7 +9,7 @@ import pytest
 from stub_techniques import chosen
 from typer.testing import CliRunner
 
-from infopt import arms, optimize, pipeline
+from infopt import arms, host, optimize, pipeline
 from infopt.artifact import Artifact, read_artifact
 from infopt.cli import app
 from infopt.errors import InputError
@@ -34,7 +34,7 @@ def test_a_refusal_is_recorded_with_its_reason(refused: tuple[Path, Artifact]) -
     out, document = refused
     plain, own = read_artifact(out).load_back
     assert document.load_back == (plain, own)
-    assert plain.reader == f"plain transformers {pipeline.versions()['transformers']}"
+    assert plain.reader == f"plain transformers {host.versions()['transformers']}"
     assert plain.refusal is not None
     assert plain.refusal.endswith("load it with dtype=bfloat16")
     assert (plain.max_abs_logit_difference, plain.top1_agreement) == (None, None)

@@ -31,11 +31,11 @@ def export(
     """
     if to not in FORMATS:
         raise InputError(unknown("format", to, FORMATS), hint="infopt export --help")
-    from infopt import pipeline
+    from infopt import host
     from infopt.arms import file_name
 
     kind = (kind or FORMATS[to]).lower()
-    pipeline.set_threads(options.threads)
+    host.set_threads(options.threads)
     if to == "gguf":
         from infopt.export import to_gguf
 

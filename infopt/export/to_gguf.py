@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infopt import __version__, leakage, pipeline
+from infopt import __version__, host, leakage
 from infopt.errors import InputError, LoadBackError, first_line
 from infopt.export import compare, gguf_model, gguf_vocabulary, storage
 from infopt.export.gguf_model import Tensor
@@ -77,7 +77,7 @@ def export(model: str, out: Path, kind: str, options: LoadOptions, progress: Pro
             checks=checks,
             against_source=compare.against(before, expected, ids),
             notes=(*source.notes, *writer.notes(), *_remarks(checks[-1])),
-            versions=pipeline.versions() | {"gguf": version("gguf")},
+            versions=host.versions() | {"gguf": version("gguf")},
         )
         source.copy_fingerprint(beside(out, leakage.FILE))
         save.write_text(beside(out, REPORT), dump(made))

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infopt import leakage, pipeline
+from infopt import host, leakage
 from infopt.errors import InfoptError, InputError, LoadBackError, MissingNeedError, unknown
 from infopt.export import compare
 from infopt.export.record import Export, LoadBackCheck
@@ -94,7 +94,7 @@ def export(model: str, out: Path, kind: str, options: LoadOptions, progress: Pro
             checks=(check,),
             against_source=compare.against(expected, found, ids),
             notes=tuple(source.notes),
-            versions=pipeline.versions() | {name: version(name) for name in ("onnxruntime-genai", "onnxruntime", "onnx")},
+            versions=host.versions() | {name: version(name) for name in ("onnxruntime-genai", "onnxruntime", "onnx")},
         )
         source.copy_fingerprint(staging / leakage.FILE)
         save.write_text(staging / REPORT, dump(made))

@@ -79,6 +79,10 @@ class Technique:
         Raises RecipeError.
         """
 
+    def reshape(self, shapes: Shapes) -> Shapes:
+        """The shapes that this step leaves of a model of `shapes`, which `check` accepted."""
+        return shapes
+
     def plan(self, plan: LoadPlan) -> LoadPlan:
         """Before weights are read. Pure."""
         return plan

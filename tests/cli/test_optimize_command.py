@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from infopt import __version__, forecast, pipeline
+from infopt import __version__, forecast, host
 from infopt.artifact import LoadBack, read_artifact
 from infopt.cli import app
 from infopt.cli.optimize import _checked
@@ -26,7 +26,7 @@ def run(*arguments: str) -> str:
 
 def test_every_reader_is_named(tmp_path: Path) -> None:
     lines = run("-r", "int8", "-o", str(tmp_path / "out")).splitlines()
-    readers = (f"plain transformers {pipeline.versions()['transformers']}", f"infopt {__version__}")
+    readers = (f"plain transformers {host.versions()['transformers']}", f"infopt {__version__}")
     assert tuple(check.reader for check in read_artifact(tmp_path / "out").load_back) == readers
     found = [line for line in lines if line.startswith("loaded back by ")]
     assert [line.partition(": logits within ")[0].removeprefix("loaded back by ") for line in found] == list(readers)
