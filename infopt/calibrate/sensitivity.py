@@ -7,7 +7,7 @@ back. So a part costs half a pass on average, and nothing is approximated but th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -87,12 +87,16 @@ class Probe:
         return logits.flatten(0, 1).float()
 
     @torch.no_grad()
-    def kld(self, first: int = 0) -> float:
-        """Mean KLD(reference ‖ model as it is now), in nats, when no block before `first` has changed."""
+    def kld(self, first: int = 0, hidden: torch.Tensor | None = None, without: Collection[int] = ()) -> float:
+        """Mean KLD(reference ‖ model as it is now), in nats, when no block before `first` has changed.
+
+        `hidden`: what enters block `first`, where blocks before it did change. `without`: blocks that are left out.
+        """
         with OneDnn():
-            hidden = self.inputs[first]
+            hidden = self.inputs[first] if hidden is None else hidden
             for index in range(first, len(self.blocks)):
-                hidden = self.step(index, hidden)
+                if index not in without:
+                    hidden = self.step(index, hidden)
             logits, total = self.tail(hidden), 0.0
         for start in range(0, len(logits), CHUNK):
             wanted, found = self.reference[start : start + CHUNK], logits[start : start + CHUNK].log_softmax(-1)

@@ -55,6 +55,9 @@ class Technique:
     is_record: ClassVar[bool] = False
     """True when the model answers as before: what the step writes is for other engines."""
 
+    removes: ClassVar[bool] = False
+    """True when it takes a part of the model away, which costs more of what it says than rounding does."""
+
     remark: str | None = None
     """What every report of a model that it made says. An instance may set its own."""
 
@@ -156,6 +159,7 @@ class PruneTechnique(Technique):
 
     needs = Needs(modules=("compressed_tensors",))
     neutral: ClassVar = {"ignore": ["*"]}
+    removes = True
     remark = sparsity.REMARK
     options: PruneOptions
 
