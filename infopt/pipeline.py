@@ -24,7 +24,7 @@ from infopt.model.plan import LoadPlan
 from infopt.needs import missing_need
 from infopt.protocols import Context, Engine, Machine, Prediction, Progress, Sampling, Shapes
 from infopt.recipe import Recipe
-from infopt.sections import OWN_DRAFTS, EngineSection, unheard
+from infopt.sections import OWN_DRAFTS, EngineSection, SamplingSection, unheard
 from infopt.settings import LoadOptions
 from infopt.techniques.base import Technique
 
@@ -187,7 +187,11 @@ def build(
         source = resolve(name, options) if name else ref
         return load.load(source, load_plan(chosen, device, trust_remote_code=options.trust_remote_code), progress)
 
-    context = Context(seed=options.seed, device=device, calibration_ids=samples, progress=progress, open_model=open_model)
+    def open_engine(name: str | None, sampling: Sampling) -> Engine:
+        drawn = Recipe(name="own", sampling=SamplingSection(temperature=sampling.temperature, candidates=sampling.candidates))
+        return engine(natively(open_model(name), drawn, device, options, progress), drawn)
+
+    context = Context(options.seed, device, samples, progress, open_model=open_model, open_engine=open_engine)
     for index, technique in enumerate(storable):
         if index != loading:
             progress(f"applying {chosen.steps[index].name}")

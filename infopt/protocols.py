@@ -117,6 +117,8 @@ class Shapes:
     """Elements of the input embedding (read by row: not part of the decode traffic unless tied to the head)."""
     other: int
     """All other parameters: norms, biases."""
+    biased: tuple[str, ...] = ()
+    """Which of `linear` add a bias, by the last parts of their names (`q_proj`)."""
 
     @property
     def linear_parameters(self) -> int:
@@ -161,3 +163,5 @@ class Context:
     """A folder for what lets an interrupted step go on; None keeps nothing."""
     open_model: Callable[[str | None], Any] | None = None
     """Opens another model by its reference, or, given None, the one that the recipe started from, as a bundle of its own."""
+    open_engine: Callable[[str | None, Sampling], Engine] | None = None
+    """The same in the fastest engine that runs it here."""

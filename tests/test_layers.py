@@ -28,6 +28,7 @@ LEVELS: list[list[str]] = [
     ["kernels"],
     ["layers"],
     ["calibrate"],
+    ["distil"],
     ["runtime"],
     ["backends"],
     ["techniques", "engines", "measure", "quality"],
@@ -42,7 +43,7 @@ LEVELS: list[list[str]] = [
 ]
 LEVEL_OF = {unit: number for number, units in enumerate(LEVELS) for unit in units}
 #: May import torch when they are imported themselves; everything else only inside functions.
-TORCH_AT_IMPORT = ("layers", "kernels", "calibrate", "runtime")
+TORCH_AT_IMPORT = ("layers", "kernels", "calibrate", "distil", "runtime")
 HEAVY = {"torch", "transformers", "bitsandbytes", "compressed_tensors", "optimum", "accelerate", "peft", "scipy"}
 MODULES = sorted(path for path in ROOT.rglob("*.py"))
 

@@ -53,17 +53,20 @@ class Probe:
     reference: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """Log-probabilities [positions, vocabulary], float32."""
     forms: Forms = field(default_factory=dict)
+    rounded: bool = False
 
     @staticmethod
     @torch.no_grad()
-    def of(bundle: Bundle, windows: tuple[tuple[int, ...], ...], device: torch.device) -> Probe:
+    def of(bundle: Bundle, windows: tuple[tuple[int, ...], ...], device: torch.device, *, rounded: bool = False) -> Probe:
+        """`rounded`: products as calibration has them, see `OneDnn`; those of its own answers too."""
         name, found = decoder_blocks(bundle.model)
         (hidden,), arguments = capture(bundle.model, found, windows, device, rows=len(windows))
         ids = torch.tensor(windows).to(device)
-        probe = Probe(bundle.model, name, found, device, ids, [hidden.to(device)], arguments)
-        for index in range(len(found)):
-            probe.inputs.append(probe.step(index, probe.inputs[-1]))
-        probe.reference = probe.tail(probe.inputs[-1]).log_softmax(-1)
+        probe = Probe(bundle.model, name, found, device, ids, [hidden.to(device)], arguments, rounded=rounded)
+        with OneDnn(rounded=rounded):
+            for index in range(len(found)):
+                probe.inputs.append(probe.step(index, probe.inputs[-1]))
+            probe.reference = probe.tail(probe.inputs[-1]).log_softmax(-1)
         return probe
 
     @contextmanager
@@ -92,7 +95,7 @@ class Probe:
 
         `hidden`: what enters block `first`, where blocks before it did change. `without`: blocks that are left out.
         """
-        with OneDnn():
+        with OneDnn(rounded=self.rounded):
             hidden = self.inputs[first] if hidden is None else hidden
             for index in range(first, len(self.blocks)):
                 if index not in without:

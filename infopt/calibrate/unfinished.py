@@ -31,7 +31,7 @@ class Unfinished:
         for index, block in enumerate(blocks):
             if self.folder is None or not self._path(f"{name}.{index}").is_file():
                 return index
-            state = _read(self._path(f"{name}.{index}"))
+            state = read_tensors(self._path(f"{name}.{index}"))
             # Copies: where a tensor lies in memory picks the kernel that multiplies it.
             block.load_state_dict({key[6:]: value.clone() for key, value in state.items() if key.startswith("dense/")})
             for key, value in state.items():
@@ -44,7 +44,7 @@ class Unfinished:
         """The inputs of block `index` as they were; None when nothing is known of them."""
         if self.folder is None or index == 0:
             return None
-        state = _read(self._path(f"{name}.{index}.inputs"))
+        state = read_tensors(self._path(f"{name}.{index}.inputs"))
         return [state[str(number)].clone() for number in range(len(state))]
 
     def finish(
@@ -57,10 +57,10 @@ class Unfinished:
         if self.folder is None:
             return
         if hidden:
-            _write(self._path(f"{name}.{index + 1}.inputs"), {str(number): batch for number, batch in enumerate(hidden)})
+            write_tensors(self._path(f"{name}.{index + 1}.inputs"), {str(number): batch for number, batch in enumerate(hidden)})
         state = {f"dense/{key}": value for key, value in block.state_dict().items()}
         state |= {f"packed/{layer}/{part}": value for layer, parts in packed.items() for part, value in parts.items()}
-        _write(self._path(f"{name}.{index}"), state)
+        write_tensors(self._path(f"{name}.{index}"), state)
         self._path(f"{name}.{index}.inputs").unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
@@ -68,13 +68,13 @@ class Unfinished:
         return self.folder / f"{name}.safetensors"
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
     temporary = path.with_suffix(".part")

@@ -77,11 +77,8 @@ def _measure(model: Any, text: Any) -> Shapes:
 
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings().weight
-    linear = {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head}
+    linear = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     is_tied = head is not None and (head.weight is embedding or bool(getattr(text, "tie_word_embeddings", False)))
     head_shape = None if head is None else (head.weight.shape[0], head.weight.shape[1])
     unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
@@ -101,6 +98,7 @@ def _measure(model: Any, text: Any) -> Shapes:
         is_head_tied=is_tied,
         embedding=embedding.numel(),
         other=rest - sum(out * inner for out, inner in linear.values()),
+        biased=tuple(dict.fromkeys(name.rpartition(".")[2] for name, layer in layers.items() if layer.bias is not None)),
     )
 
 

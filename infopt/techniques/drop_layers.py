@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
 
 #: Calibration tokens that blocks are judged on: their distributions over the vocabulary are held in memory.
-PROBE_TOKENS = 2048
+PROBE_TOKENS = 1024
 
 
 class DropLayersOptions(Options):
@@ -38,7 +38,7 @@ class DropLayers(Technique):
     """Takes whole decoder blocks out: the model gets smaller and faster in proportion, on every engine.
 
     Blocks change the hidden states little by little, so that some can go (ShortGPT, arXiv 2403.03853). Which ones is decided on
-    calibration text, up to 2,048 tokens of it. The artifact's `depth.json` and `depth.svg` say what the loss of each block costs
+    calibration text, up to 1,024 tokens of it. The artifact's `depth.json` and `depth.svg` say what the loss of each block costs
     and how the KLD grows with every block that is gone. Perplexity and multiple choice hide what is lost in generation: look at
     the behaviour figures of `infopt compare`, and train afterwards (`distil`).
 
@@ -93,7 +93,8 @@ class DropLayers(Technique):
             raise InputError("blocks are judged on text", hint="calibration: {text: bundled, samples: 128, tokens: 256}")
         _, blocks = decoder_blocks(bundle.model)
         windows = tuple(window[:PROBE_TOKENS] for window in context.calibration_ids)
-        probe = Probe.of(bundle, windows[: max(1, PROBE_TOKENS // len(windows[0]))], torch.device(context.device))
+        judged = windows[: max(1, PROBE_TOKENS // len(windows[0]))]
+        probe = Probe.of(bundle, judged, torch.device(context.device), rounded=True)
         gone = self._choose(probe, context)
         found: dict[str, Any] = {
             "schema_version": 1,
@@ -135,7 +136,7 @@ class DropLayers(Technique):
         rate = machine.read_bytes_per_s
         step = Prediction(left, before.weights_bytes, before.weights_bytes / rate if rate else None)
         # Leaving out each block costs half a pass on average; greedy does so anew for every block that goes.
-        rounds = {"greedy": self._count, "kld": 1}.get(self.options.by, 0) if self.options.layers is None else 0
+        rounds = {"greedy": 1 + self._count / 3, "kld": 1}.get(self.options.by, 0) if self.options.layers is None else 0
         tokens = min(PROBE_TOKENS, self.calibration_tokens)
         runs = 1 + rounds * shapes.layers / 2 + self._count
         return passes.add(step, before, shapes, tokens, machine, passes=runs, hessians=False)
