@@ -3,30 +3,92 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from infopt.kernels.onednn import OneDnn
+
+
+@dataclass
+class Weights:
+    """`masters` take the steps; `working`, the same tensors or copies in bfloat16, are what the model multiplies by."""
+
+    masters: list[torch.Tensor]
+    working: list[torch.Tensor]
+
+    def collect(self) -> None:
+        """Gradients of the working copies become the masters'."""
+        for master, working in zip(self.masters, self.working, strict=True):
+            if master is not working:
+                master.grad = None if working.grad is None else working.grad.float()
+                working.grad = None
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """The working copies become the masters, rounded."""
+        for master, working in zip(self.masters, self.working, strict=True):
+            if master is not working:
+                working.copy_(master)
+
+    def beside(self, more: Sequence[torch.Tensor]) -> Weights:
+        """With tensors that are trained along, as they are."""
+        return Weights([*self.masters, *more], [*self.working, *more])
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 ones, and not emulated."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
 
 @contextmanager
-def all_weights(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Every floating-point parameter in float32; in the model's own dtype again when the block ends."""
+def listening(device: torch.device) -> Iterator[None]:
+    """For a teacher, whose gradient nobody wants: products of bfloat16 operands where those are fast."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if device.type == "cpu":
+            stack.enter_context(OneDnn(rounded=True))
+        elif has_fast_bfloat16(device):
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+        yield
+
+
+@contextmanager
+def all_weights(model: Any) -> Iterator[Weights]:
+    """Every floating-point parameter, float32. Where bfloat16 is fast the model runs in it meanwhile.
+
+    When the block ends, the model is in its own dtype again.
+    """
     dtype = model.dtype
-    model.float()
-    trained = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    working: list[torch.Tensor] = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    masters = [parameter.detach().float() for parameter in working]
+    if has_fast_bfloat16(model.device):
+        masters = [master.clone() for master in masters]  # float32 ones would be the model's own
+        model.bfloat16()
+    else:
+        model.float()
+        masters = working
+    for parameter in working:
+        parameter.requires_grad_()
     try:
-        yield [parameter.requires_grad_() for parameter in trained]
+        yield Weights(masters, working)
     finally:
-        for parameter in trained:
+        for parameter in working:
             parameter.requires_grad_(False).grad = None
         model.to(dtype)
+        with torch.no_grad():
+            for master, parameter in zip(masters, working, strict=True):
+                parameter.copy_(master)
 
 
 @contextmanager
-def low_rank(model: Any, rank: int, seed: int) -> Iterator[list[torch.Tensor]]:
+def low_rank(model: Any, rank: int, seed: int) -> Iterator[Weights]:
     """Adapters of LoRA (arXiv 2106.09685) beside every linear layer of the blocks, which start as zero; merged at the end."""
     import peft
 
@@ -40,6 +102,9 @@ def low_rank(model: Any, rank: int, seed: int) -> Iterator[list[torch.Tensor]]:
     trained: list[torch.Tensor] = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
-    yield trained
+    # No cache: it would keep answering with the adapters as they were before the first step.
+    is_fast = has_fast_bfloat16(model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=is_fast, cache_enabled=False):
+        yield Weights(trained, trained)
     adapted.merge_and_unload(safe_merge=True)
     model.requires_grad_(False)

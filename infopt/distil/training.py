@@ -10,15 +10,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from infopt import units
 from infopt.calibrate.unfinished import read_tensors, write_tensors
+from infopt.distil.students import Weights
 from infopt.errors import InputError
 from infopt.protocols import Context
 from infopt.result import write_atomic
@@ -71,21 +70,8 @@ Learn = Callable[[list[int], float], float]
 """(indices of a batch's examples, share of its gradient in the step) → its loss; leaves the gradient in the parameters."""
 
 
-def narrow(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Products in bfloat16 where that is faster than float32 and not emulated.
-
-    For float16 models everywhere: their gradients of logits, a vocabulary's share of a small number each, would be zero.
-    """
-    if device.type == "cuda":
-        is_fast = bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    else:
-        is_fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    # No cache: it would keep answering with the parameters as they were before the first step.
-    return torch.autocast(device.type, torch.bfloat16, enabled=is_fast or dtype == torch.float16, cache_enabled=False)
-
-
 def train(
-    trained: list[torch.Tensor],
+    weights: Weights,
     batches: Sequence[list[int]],
     learn: Learn,
     validate: Callable[[], float] | None,
@@ -93,15 +79,17 @@ def train(
     context: Context,
     name: str,
 ) -> History:
-    """Trains `trained` in place: `accumulate` batches a step. Afterwards they are as they were at the best validation.
+    """Trains `weights` in place: `accumulate` batches a step. Afterwards they are as they were at the best validation.
 
     Raises InputError for a loss that is no number, which leaves the last checkpoint where it is; DiskFullError.
     """
+    trained = weights.masters
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     groups = [batches[i : i + schedule.accumulate] for i in range(0, len(batches), schedule.accumulate)]
     kept = Checkpoint(context.unfinished / "training", trained, optimizer) if context.unfinished else None
     history, best = kept.restore() if kept else (History(), None)
     if history.steps:
+        weights.spread()
         context.progress(f"{name}: going on after step {history.steps} of {len(groups)}")
     every = max(1, len(groups) // VALIDATIONS)
     start, saved = time.perf_counter() - history.seconds, time.perf_counter()
@@ -110,11 +98,13 @@ def train(
         loss = sum(learn(batch, 1 / len(groups[number])) for batch in groups[number]) / len(groups[number])
         if not math.isfinite(loss):
             raise _no_number(number + 1, kept, history)
+        weights.collect()
         torch.nn.utils.clip_grad_norm_(trained, LONGEST)
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(number, len(groups))
         optimizer.step()
         optimizer.zero_grad()
+        weights.spread()
         history.steps = number + 1
         history.losses.append((number + 1, loss))
         left = (time.perf_counter() - began) / (number + 1 - done) * (len(groups) - number - 1)
