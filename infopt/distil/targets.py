@@ -14,6 +14,7 @@ import torch
 
 from infopt.distil.examples import Batch, Example
 from infopt.distil.losses import Likeliest
+from infopt.distil.students import listening
 from infopt.errors import InputError
 from infopt.model import atomic
 from infopt.protocols import Progress
@@ -43,7 +44,6 @@ class Kept:
         return Likeliest(torch.from_numpy(tokens).to(device), torch.from_numpy(levels).to(device))
 
 
-@torch.no_grad()
 def keep(
     teacher: Any,
     examples: Sequence[Example],
@@ -63,7 +63,8 @@ def keep(
             done = 0
             for indices in _grouped(examples):
                 progress(f"the teacher's answers: {done} of {total} tokens")
-                found = Likeliest.of(logits(teacher, Batch.of(examples, indices, device)), count)
+                with listening(device):
+                    found = Likeliest.of(logits(teacher, Batch.of(examples, indices, device)), count)
                 part = slice(done, done + len(found))
                 tokens[part], levels[part] = found.tokens.cpu().numpy(), found.log_probabilities.cpu().numpy()
                 done += len(found)

@@ -14,6 +14,7 @@ from infopt.distil import losses, states, targets
 from infopt.distil.examples import Batch
 from infopt.distil.gathering import Gathered
 from infopt.distil.losses import Divergence, Likeliest, Target
+from infopt.distil.students import listening
 from infopt.errors import InputError
 from infopt.protocols import Context
 
@@ -101,7 +102,7 @@ class Asked:
         asked = {"input_ids": batch.ids, "use_cache": False, "logits_to_keep": batch.span, **inner}
         told = None
         if self.teacher is not None:
-            with torch.no_grad():
+            with listening(self.device):
                 told = self.teacher(**asked)
         return self.student(**asked), told
 

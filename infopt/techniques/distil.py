@@ -18,9 +18,8 @@ from infopt.techniques.base import Needs, Options, Technique
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
-
     from infopt.distil.gathering import Gathered
+    from infopt.distil.students import Weights
     from infopt.model.bundle import Bundle
 
 #: Forward passes that a training step is worth: the student's, its backward pass of two, and as much again for logits and AdamW.
@@ -147,16 +146,17 @@ class Distil(Technique):
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.distil import gathering, teachers
-        from infopt.distil.training import Schedule, narrow, train
+        from infopt.distil.training import Schedule, train
 
         if bundle.packed or bundle.save_config or getattr(bundle.model, "hf_quantizer", None) is not None:
             raise InputError("the model's weights are quantized already", hint="put distil before the step that quantizes")
-        o, device = self.options, bundle.device
+        o = self.options
         learned = gathering.gather(o, bundle, context)
         schedule = Schedule(o.learning_rate, o.accumulate, o.patience, 60 * o.checkpoint_minutes)
-        with self._trained(bundle.model, context.seed) as weights, narrow(device, bundle.model.dtype):
-            asked = teachers.ask(o, bundle, learned, context)
-            own = [*weights, *asked.projections]
+        # Before the student's weights become float32: a teacher that is asked once is gone by then.
+        asked = teachers.ask(o, bundle, learned, context)
+        with self._trained(bundle.model, context.seed) as weights:
+            own = weights.beside(asked.projections)
             history = train(
                 own, learned.batches(o.batch, o.epochs, context.seed), asked.learn, asked.validate, schedule, context, "distil"
             )
@@ -164,7 +164,7 @@ class Distil(Technique):
         return replace(bundle, files={**bundle.files, **self._report(learned, history)})
 
     @contextmanager
-    def _trained(self, model: Any, seed: int) -> Iterator[list[torch.Tensor]]:
+    def _trained(self, model: Any, seed: int) -> Iterator[Weights]:
         import torch
 
         from infopt.distil import students
