@@ -65,26 +65,22 @@ def all_weights(model: Any) -> Iterator[Weights]:
 
     When the block ends, the model is in its own dtype again.
     """
-    dtype = model.dtype
     working: list[torch.Tensor] = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    masters = [parameter.detach().float() for parameter in working]
-    if has_fast_bfloat16(model.device):
-        masters = [master.clone() for master in masters]  # float32 ones would be the model's own
-        model.bfloat16()
-    else:
-        model.float()
-        masters = working
+    before = [parameter.dtype for parameter in working]
+    is_narrow = has_fast_bfloat16(model.device)
+    masters = working
+    if is_narrow:
+        masters = [parameter.detach().float().clone() for parameter in working]  # float32 ones would be the model's own
+    # The parameters alone: buffers, such as the angles of rotary embeddings, would not survive it.
     for parameter in working:
+        parameter.data = parameter.data.to(torch.bfloat16 if is_narrow else torch.float32)
         parameter.requires_grad_()
     try:
         yield Weights(masters, working)
     finally:
-        for parameter in working:
+        for master, parameter, dtype in zip(masters, working, before, strict=True):
             parameter.requires_grad_(False).grad = None
-        model.to(dtype)
-        with torch.no_grad():
-            for master, parameter in zip(masters, working, strict=True):
-                parameter.copy_(master)
+            parameter.data = master.detach().to(dtype)
 
 
 @contextmanager
