@@ -20,7 +20,6 @@ from infopt import __version__, artifact, host, leakage, pipeline, units
 from infopt.arms import ArmSpec, file_name
 from infopt.artifact import Artifact, LoadBack
 from infopt.data import texts
-from infopt.data.calibration import read as read_calibration
 from infopt.errors import InfoptError, InputError, LoadBackError
 from infopt.model import atomic, cache, checkpoint, compressed, load, reference, save, shapes
 from infopt.model.quiet import quiet
@@ -129,8 +128,8 @@ def unfinished(out: Path, key: str, resume: bool | None) -> Iterator[Path]:
             yield folder
         except BaseException as error:
             if any(folder.glob("*/*")) and not isinstance(error, LoadBackError):
-                size = units.size(sum(path.stat().st_size for path in folder.glob("*/*")))
-                error.add_note(f"the same command with --resume goes on from the last finished block ({size} in {folder})")
+                size = units.size(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+                error.add_note(f"the same command with --resume goes on from where it was last kept ({size} in {folder})")
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -140,10 +139,9 @@ def unfinished(out: Path, key: str, resume: bool | None) -> Iterator[Path]:
 def build_key(ref: ModelReference, chosen: Recipe, options: LoadOptions) -> str:
     """What an artifact's weights follow from: reference, resolved steps, dtype, seed, calibration text, library versions."""
     found = pipeline.build_techniques(chosen, shapes.shapes(ref), options.device)
-    calibration = None
-    if any(technique.needs.calibration for technique in found):
-        section = chosen.calibration
-        calibration = {**section.model_dump(), "hash": read_calibration(section).hash}
+    source = pipeline.calibration_source(chosen)
+    section = chosen.calibration.model_dump() if any(technique.needs.calibration for technique in found) else {}
+    calibration = {**section, "hash": source.hash} if source else None
     key = {
         "reference": reference.fingerprint(ref),
         "steps": [step.as_dict() for step in chosen.steps],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from infopt import artifact, engines, recipe, techniques
 from infopt.arms import ArmSpec
-from infopt.data import calibration
+from infopt.data import calibration, lessons
 from infopt.data.calibration import Source
 from infopt.errors import InputError, MissingNeedError, RecipeError
 from infopt.measure import memory
@@ -57,10 +57,10 @@ def build_techniques(chosen: Recipe, model_shapes: Shapes, device: str = "auto")
         if lacking:
             raise MissingNeedError(f"{chosen.place(index)}: {lacking.message}", hint=lacking.hint)
         technique.cache_dtype, technique.device = chosen.cache.dtype, device
-        technique.check(model_shapes, chosen.place(index))
-        model_shapes = technique.reshape(model_shapes)
         technique.calibration_tokens = chosen.calibration.samples * chosen.calibration.tokens
         technique.calibration_samples = chosen.calibration.samples
+        technique.check(model_shapes, chosen.place(index))
+        model_shapes = technique.reshape(model_shapes)
         found.append(technique)
     return found
 
@@ -111,20 +111,25 @@ def predict(chosen: Recipe, model_shapes: Shapes, loaded: Prediction, machine: M
 
 
 def calibration_source(chosen: Recipe) -> Source | None:
-    """What the recipe's calibration draws; None where no step reads any. Raises InputError."""
-    steps = (techniques.find(step.name)(step.options) for step in chosen.steps)
-    return calibration.read(chosen.calibration) if any(step.needs.calibration for step in steps) else None
+    """What the recipe's steps read: what its calibration draws, and rows of their own. None where none reads any.
+
+    Raises InputError.
+    """
+    steps = unchecked(chosen)
+    found = [calibration.read(chosen.calibration)] if any(step.needs.calibration for step in steps) else []
+    found += [lessons.source(Path(name)) for name in dict.fromkeys(step.data for step in steps if step.data)]
+    return calibration.joined(found) if found else None
 
 
 def calibration_ids(ref: ModelReference, chosen: Recipe) -> tuple[tuple[tuple[int, ...], ...], Source | None]:
     """The recipe's calibration windows as token ids of the model, and where they come from; no weight is read."""
     source = calibration_source(chosen)
-    if source is None:
-        return (), None
+    if source is None or not any(step.needs.calibration for step in unchecked(chosen)):
+        return (), source
     section, context = chosen.calibration, shapes.shapes(ref).context
     if context and section.tokens > context:
         raise RecipeError("calibration.tokens", f"found {section.tokens}; allowed: the model's context of {context} at most")
-    return calibration.windows(source, section, load.open_tokenizer(ref)), source
+    return calibration.windows(calibration.read(section), section, load.open_tokenizer(ref)), source
 
 
 def home(chosen: Recipe, found: list[Technique], device: str) -> str:
@@ -198,6 +203,9 @@ def build(
             own = unfinished / f"{index}-{chosen.steps[index].name}" if unfinished else None
             with observer.step(index):
                 bundle = technique.apply(bundle, replace(context, unfinished=own))
+        if source is not None and not technique.keeps_vocabulary:
+            again = calibration.windows(source, chosen.calibration, bundle.tokenizer)
+            context = replace(context, calibration_ids=again)
         bundle = replace(bundle, steps=(*bundle.steps, chosen.steps[index].name))
         observer.done(index, bundle)
     return bundle, found, source

@@ -83,7 +83,7 @@ def test_ctrl_c_tells_how_to_go_on(deep: Path, tmp_path: Path) -> None:
     assert child.returncode == 130
     assert said.splitlines()[-2:] == [
         "error: interrupted",
-        f"hint: the same command with --resume goes on from the last finished block ({kept(tmp_path)})",
+        f"hint: the same command with --resume goes on from where it was last kept ({kept(tmp_path)})",
     ]
 
 
@@ -149,7 +149,7 @@ def test_only_what_can_be_gone_on_from_is_left(deep: Path, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
     for error in (DiskFullError, InputError, torch.OutOfMemoryError):
         (note,) = interrupt(deep, tmp_path / error.__name__, error).__notes__
-        assert note == f"the same command with --resume goes on from the last finished block ({kept(tmp_path, error.__name__)})"
+        assert note == f"the same command with --resume goes on from where it was last kept ({kept(tmp_path, error.__name__)})"
         assert (tmp_path / f".{error.__name__}.unfinished" / "0-gptq" / "model.layers.1.safetensors").is_file()
 
 

@@ -19,7 +19,7 @@ import hashlib
 import importlib
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -108,6 +108,15 @@ def _read_file(section: Calibration, path: Path) -> Source:
     else:
         documents = (Document(str(path), text=_spans(content, section)),)
     return Source(section.text, documents, texts.content_hash(content))
+
+
+def joined(sources: Sequence[Source]) -> Source:
+    """Several as one; its hash is that of their hashes."""
+    if len(sources) == 1:
+        return sources[0]
+    digest = hashlib.sha256("".join(source.hash for source in sources).encode()).hexdigest()
+    documents = tuple(document for source in sources for document in source.documents)
+    return Source(", ".join(source.name for source in sources), documents, digest)
 
 
 def windows(source: Source, section: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:

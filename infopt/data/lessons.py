@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infopt.data.jsonl import read_rows, want_text
-from infopt.data.prompts import Prompt, parse_messages, parse_prompt
+from infopt.data.calibration import Document, Source
+from infopt.data.jsonl import read_file, read_rows, want_text
+from infopt.data.prompts import Message, Prompt, parse_messages, parse_prompt
+from infopt.data.texts import content_hash
 from infopt.errors import InputError
 
 KEYS = ("id", "text", "prompt", "messages", "raw", "response", "rationale", "expect", "max_tokens")
@@ -46,6 +48,19 @@ class Lesson:
 def read_lessons(path: Path) -> tuple[Lesson, ...]:
     """The rows of a file, in its order. Raises InputError with file and line."""
     return tuple(_lesson(row, number, where) for number, (where, row) in enumerate(read_rows(path, KEYS, _HINT), start=1))
+
+
+def source(path: Path) -> Source:
+    """The rows as text that a model has seen, for provenance, and to be compared with what it is judged on."""
+    documents = []
+    for each in read_lessons(path):
+        if each.prompt is None:
+            documents.append(Document(each.where, text=each.text or ""))
+            continue
+        asked = each.prompt.messages or (Message("user", each.prompt.text or ""),)
+        said = "\n".join(part for part in (each.rationale, each.response) if part)
+        documents.append(Document(each.where, messages=(*asked, *([Message("assistant", said)] if said else []))))
+    return Source(str(path), tuple(documents), content_hash(read_file(path, _HINT)))
 
 
 def _lesson(row: dict[str, Any], number: int, where: str) -> Lesson:

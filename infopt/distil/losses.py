@@ -8,7 +8,7 @@ are then held against together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ Divergence = Literal["forward", "reverse", "jensen_shannon"]
 
 #: Positions whose log-probabilities over the vocabulary are held at a time.
 POSITIONS = 64
-#: Probabilities below this are no longer told from it: log 0 has no gradient.
+#: The least that is left for all other tokens, where rounding leaves nothing: log 0 has no gradient.
 LEAST = 1e-30
 
 
@@ -26,7 +26,7 @@ LEAST = 1e-30
 class Likeliest:
     """What is kept of a teacher's distribution at each position, at temperature 1.
 
-    `tokens` int64 [positions, k], `log_probabilities` float32 [positions, k]; the rest has 1 − Σ p together.
+    `tokens` int64 [positions, k]; `log_probabilities` float32 [positions, k + 1], the last one of all other tokens together.
     """
 
     tokens: torch.Tensor
@@ -41,13 +41,13 @@ class Likeliest:
     @staticmethod
     def of(logits: torch.Tensor, count: int) -> Likeliest:
         """The `count` likeliest of [positions, vocabulary]."""
-        found = logits.float().log_softmax(-1).topk(min(count, logits.shape[-1]), dim=-1)
-        return Likeliest(found.indices, found.values)
+        every = logits.float().log_softmax(-1)
+        tokens = every.topk(min(count, logits.shape[-1]), dim=-1).indices
+        return Likeliest(tokens, _with_rest(every, tokens))
 
 
 Target = torch.Tensor | Likeliest
 """The teacher's logits [positions, vocabulary], or what is kept of them."""
-PartOf = Callable[[slice], torch.Tensor]
 
 
 def divergence(
@@ -68,11 +68,11 @@ def divergence(
     for start in range(0, len(logits), POSITIONS):
         part = slice(start, start + POSITIONS)
         wanted = target[part]
-        q = (logits[part].float() / temperature).softmax(-1)
+        log_q = (logits[part].float() / temperature).log_softmax(-1)
         if isinstance(wanted, Likeliest):
-            value, slope = _against_likeliest(q, wanted, kind, temperature)
+            value, slope = _against_likeliest(log_q, wanted, kind, temperature)
         else:
-            value, slope = _against(q, (wanted.float() / temperature).softmax(-1), kind)
+            value, slope = _against(log_q, (wanted.float() / temperature).log_softmax(-1), kind)
         total += float((value * shares[part]).sum())
         gradient[part] = slope.mul_(shares[part, None] * temperature)
     return total * temperature**2, gradient
@@ -98,41 +98,59 @@ def _shares(logits: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     return weights / weights.sum()
 
 
-def _against(q: torch.Tensor, p: torch.Tensor, kind: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
+def _against(log_q: torch.Tensor, log_p: torch.Tensor, kind: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
     """Divergence [positions] and its gradient [positions, vocabulary] with respect to z/T."""
+    q = log_q.exp()
     if kind == "forward":  # where d = −p/q, q·(d − Σ q·d) is q − p
-        return (p * (_log(p) - _log(q))).sum(-1), q - p
-    d = _slope(p, q, kind)
-    return _value(p, q, kind).sum(-1), q * (d - (q * d).sum(-1, keepdim=True))
+        p = log_p.exp()
+        return (p * (log_p - log_q)).sum(-1), q.sub_(p)
+    d = _slope(log_p, log_q, kind)
+    return _value(log_p, log_q, kind).sum(-1), q * (d - (q * d).sum(-1, keepdim=True))
 
 
 def _against_likeliest(
-    q: torch.Tensor, wanted: Likeliest, kind: Divergence, temperature: float
+    log_q: torch.Tensor, wanted: Likeliest, kind: Divergence, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same where all other tokens count as one. At T ≠ 1 the teacher's rest is taken to be as likely as it was at T = 1."""
-    rest = (1 - wanted.log_probabilities.exp().sum(-1, keepdim=True)).clamp_min(0)
-    p = torch.cat([(wanted.log_probabilities / temperature).softmax(-1) * (1 - rest), rest], dim=-1)
-    found = q.gather(1, wanted.tokens)
-    found = torch.cat([found, (1 - found.sum(-1, keepdim=True)).clamp_min(LEAST)], dim=-1)
-    d = -p / found.clamp_min(LEAST) if kind == "forward" else _slope(p, found, kind)
-    mean = (found * d).sum(-1, keepdim=True)
-    gradient = (d[:, -1:] - mean).expand_as(q).scatter(1, wanted.tokens, d[:, :-1] - mean)
-    return _value(p, found, kind).sum(-1), gradient * q
-
-
-def _value(p: torch.Tensor, q: torch.Tensor, kind: Divergence) -> torch.Tensor:
+    log_p = wanted.log_probabilities
+    if temperature != 1:
+        kept, rest = log_p[:, :-1], log_p[:, -1:]
+        log_p = torch.cat([(kept / temperature).log_softmax(-1) + kept.logsumexp(-1, keepdim=True), rest], dim=-1)
+    found = _with_rest(log_q, wanted.tokens)
+    q = log_q.exp()
     if kind == "forward":
-        return p * (_log(p) - _log(q))
+        # As of whole distributions: q − p, and for the others their share of the rest.
+        ratio = (log_p[:, -1:] - found[:, -1:]).exp()
+        gradient = q - q * ratio
+        gradient.scatter_(1, wanted.tokens, (found.exp() - log_p.exp())[:, :-1])
+        return _value(log_p, found, kind).sum(-1), gradient
+    d = _slope(log_p, found, kind)
+    mean = (found.exp() * d).sum(-1, keepdim=True)
+    gradient = (d[:, -1:] - mean).expand_as(q).scatter(1, wanted.tokens, d[:, :-1] - mean)
+    return _value(log_p, found, kind).sum(-1), gradient * q
+
+
+def _with_rest(every: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of `tokens` [positions, k] and, behind them, of all others together, from those of all."""
+    # Summed, since what is left of 1 would be rounding.
+    rest = every.exp().scatter_(1, tokens, 0.0).sum(-1, keepdim=True).clamp_min(LEAST).log()
+    return torch.cat([every.gather(1, tokens), rest], dim=-1)
+
+
+def _value(log_p: torch.Tensor, log_q: torch.Tensor, kind: Divergence) -> torch.Tensor:
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "forward":
+        return p * (log_p - log_q)
     if kind == "reverse":
-        return q * (_log(q) - _log(p))
-    mean = _log((p + q) / 2)
-    return (p * (_log(p) - mean) + q * (_log(q) - mean)) / 2
+        return q * (log_q - log_p)
+    mean = _log_mean(log_p, log_q)
+    return (p * (log_p - mean) + q * (log_q - mean)) / 2
 
 
-def _slope(p: torch.Tensor, q: torch.Tensor, kind: Divergence) -> torch.Tensor:
+def _slope(log_p: torch.Tensor, log_q: torch.Tensor, kind: Divergence) -> torch.Tensor:
     """∂D/∂q, up to what is the same for every token: that does not change the gradient."""
-    return _log(q) - _log(p) if kind == "reverse" else (_log(q) - _log((p + q) / 2)) / 2
+    return log_q - log_p if kind == "reverse" else (log_q - _log_mean(log_p, log_q)) / 2
 
 
-def _log(x: torch.Tensor) -> torch.Tensor:
-    return x.clamp_min(LEAST).log()
+def _log_mean(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    return torch.logaddexp(log_p, log_q) - math.log(2)

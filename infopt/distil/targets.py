@@ -57,9 +57,9 @@ def keep(
         total = sum(each.positions for each in examples)
         with atomic.writing(folder, total * count * 6):
             folder.mkdir(parents=True, exist_ok=True)
-            shape = (total, min(count, teacher.config.get_text_config().vocab_size))
-            tokens = np.lib.format.open_memmap(folder / "part-tokens.npy", "w+", np.int32, shape)
-            levels = np.lib.format.open_memmap(folder / "log_probabilities.npy", "w+", np.float16, shape)
+            count = min(count, teacher.config.get_text_config().vocab_size)
+            tokens = np.lib.format.open_memmap(folder / "part-tokens.npy", "w+", np.int32, (total, count))
+            levels = np.lib.format.open_memmap(folder / "log_probabilities.npy", "w+", np.float16, (total, count + 1))
             done = 0
             for indices in _grouped(examples):
                 progress(f"the teacher's answers: {done} of {total} tokens")
