@@ -19,7 +19,10 @@ FILE = "infopt.json"
 
 
 class StepQuality(Record):
-    """The model after a step against the model before the first, on `tokens` tokens of bundled text. KLD in nats."""
+    """The model after a step against the model before the first, on `tokens` tokens of bundled text. KLD in nats.
+
+    After `trim_vocab` KLD is over the tokens that both have.
+    """
 
     tokens: int
     kld_mean: float

@@ -26,7 +26,7 @@ from infopt.measure import memory
 from infopt.model import load, shapes
 from infopt.model.reference import fingerprint
 from infopt.protocols import Progress
-from infopt.quality import behaviour, fidelity, tasks
+from infopt.quality import behaviour, fidelity, tasks, vocabularies
 from infopt.quality.values import figure_value
 from infopt.result import Value
 from infopt.settings import LoadOptions, QualitySettings, portable
@@ -48,8 +48,9 @@ def check(reference: ArmSpec, candidates: Sequence[ArmSpec], options: LoadOption
         leakage.require_unseen(candidates, settings, options.allow_leakage)
         if settings.fidelity_tokens:
             text = _text(settings)
-            for own in known[1:]:
-                fidelity.common_vocabulary(known[0].vocabulary, own.vocabulary)
+            for own, tokenizer in zip(known[1:], tokenizers[1:], strict=True):
+                if vocabularies.between(tokenizers[0], tokenizer) is None:
+                    fidelity.common_vocabulary(known[0].vocabulary, own.vocabulary)
             _windows(tokenizers[0](text, verbose=False)["input_ids"], settings, *(each.context for each in known))
         for spec, own, tokenizer in zip(arms, known, tokenizers, strict=True):
             if settings.behaviour_prompts:
@@ -151,8 +152,9 @@ class _Assessed:
         windows = _windows(ids, self.settings, reference.context, self.context)
         length = len(windows[0])
         self.progress(f"fidelity: {len(windows)} windows of {length} tokens")
+        part = vocabularies.between(reference.bundle.tokenizer, self.bundle.tokenizer)
         result = fidelity.compare_models(
-            fidelity.logits_of(reference.bundle.model), fidelity.logits_of(self.bundle.model), windows, self.progress
+            fidelity.logits_of(reference.bundle.model), fidelity.logits_of(self.bundle.model), windows, self.progress, part=part
         )
         return result.figures(), {
             "text": portable(self.settings.text or "bundled"),
@@ -161,12 +163,15 @@ class _Assessed:
             "window_tokens": length,
             "ppl": result.ppl,
             "ppl_reference": result.ppl_reference,
+            **({} if part is None else {"tokens_in_pieces": part.lacking(windows)}),
         }
 
     def judge_behaviour(self, reference: _Assessed) -> tuple[dict[str, Value], dict[str, Any]]:
-        rows = _rows(self.settings)
+        rows, answers, tokenizer = _rows(self.settings), self.answers(), reference.bundle.tokenizer
+        if not vocabularies.is_same(tokenizer, self.bundle.tokenizer):
+            answers = behaviour.retokenised(answers, reference.answers(), tokenizer)
         result = behaviour.compare_answers(
-            rows, reference.answers(), self.answers(), behaviour.top_two_margin(fidelity.logits_of(reference.bundle.model))
+            rows, reference.answers(), answers, behaviour.top_two_margin(fidelity.logits_of(reference.bundle.model))
         )
         detail: dict[str, Any] = {"prompts": len(rows), "prompts_hash": _hash(rows)}
         detail |= {"checked": result.checked, "same": result.same}

@@ -203,8 +203,8 @@ def build(
             own = unfinished / f"{index}-{chosen.steps[index].name}" if unfinished else None
             with observer.step(index):
                 bundle = technique.apply(bundle, replace(context, unfinished=own))
-        if source is not None and not technique.keeps_vocabulary:
-            again = calibration.windows(source, chosen.calibration, bundle.tokenizer)
+        if samples and not technique.keeps_vocabulary:
+            again = calibration.windows(calibration.read(chosen.calibration), chosen.calibration, bundle.tokenizer)
             context = replace(context, calibration_ids=again)
         bundle = replace(bundle, steps=(*bundle.steps, chosen.steps[index].name))
         observer.done(index, bundle)

@@ -18,11 +18,12 @@ from infopt.model import save
 from infopt.model.quiet import quiet
 from infopt.pipeline import Observer
 from infopt.protocols import Progress
-from infopt.quality import fidelity
+from infopt.quality import fidelity, vocabularies
 from infopt.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from infopt.model.bundle import Bundle
 
@@ -45,11 +46,14 @@ class StepLog(Observer):
         self.recipe, self.device, self.progress = chosen, device, progress
         self.wants_reference = judge
         self._steps: dict[int, _Step] = {}
+        self._windows: list[tuple[int, ...]] = []
         self._reference: list[torch.Tensor] = []
+        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def loaded(self, bundle: Bundle) -> None:
         """Keeps the logits of the model as it was."""
-        self._reference = [_logits(bundle, window) for window in _windows(bundle)]
+        self._windows, self._tokenizer = _windows(bundle), bundle.tokenizer
+        self._reference = [_logits(bundle, window) for window in self._windows]
 
     @contextmanager
     def step(self, index: int) -> Iterator[None]:
@@ -72,12 +76,17 @@ class StepLog(Observer):
 
     def judge(self, index: int, bundle: Bundle) -> None:
         """Compares `bundle` with the model as it was."""
-        if not self._reference:
+        if self._tokenizer is None:
             return
         self.progress(f"judging {self.recipe.steps[index].name}")
         stored = iter(self._reference)
         with quiet():
-            found = fidelity.compare_models(lambda ids: next(stored)[None], lambda ids: _run(bundle, ids)[None], _windows(bundle))
+            found = fidelity.compare_models(
+                lambda ids: next(stored)[None],
+                lambda ids: _run(bundle, ids)[None],
+                self._windows,
+                part=vocabularies.between(self._tokenizer, bundle.tokenizer),
+            )
         kld, ratio, top1 = found.kld_mean, found.ppl_ratio, found.top1_agreement
         if kld is None or ratio is None or top1 is None:
             return

@@ -80,11 +80,14 @@ def test_it_fits_the_demo_models_shapes(path: Path) -> None:
     layer = {
         "self_attn.q_proj": (576, 576),
         "self_attn.k_proj": (192, 576),
+        "self_attn.v_proj": (192, 576),
+        "self_attn.o_proj": (576, 576),
+        "mlp.gate_proj": (1536, 576),
         "mlp.up_proj": (1536, 576),
         "mlp.down_proj": (576, 1536),
     }
-    linear = {f"model.layers.0.{name}": shape for name, shape in layer.items()}
-    demo = Shapes("LlamaForCausalLM", 1, 576, 9, 3, 64, 49152, 8192, linear, (49152, 576), True, 49152 * 576, 1728)
+    linear = {f"model.layers.{number}.{name}": shape for number in range(30) for name, shape in layer.items()}
+    demo = Shapes("LlamaForCausalLM", 30, 576, 9, 3, 64, 49152, 8192, linear, (49152, 576), True, 49152 * 576, 61 * 576)
     chosen = recipe.load(str(path), techniques.find)
     for index, step in enumerate(chosen.steps):
         techniques.find(step.name)(step.options).check(demo, chosen.place(index))

@@ -2,11 +2,12 @@
 
 What reads hidden states is a norm with the layers behind it. RMSNorm divides by the root mean square of all dimensions, so
 with some gone it divides by another number, token by token; the mean of the ratio goes into the norm's weight, and the layers'
-weights are refitted to give, of the norm's new output, what they gave of the old one.
+weights are refitted to give, of the norm's new output, what they gave of the old one. Both are measured on the whole model.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
 CLOSE = 0.02
 
 
+See = Callable[[torch.Tensor, torch.Tensor], None]
+"""Called with what a norm was given and what it made, [tokens, hidden] each, a batch at a time."""
+Done = Callable[[], None]
+
+
 @dataclass(frozen=True)
 class Reading:
     """A norm of hidden states and the layers that read what it makes, by dotted name. A tied head can be given no new weight."""
@@ -51,17 +57,21 @@ def scores(bundle: Bundle, context: Context, by: str) -> tuple[torch.Tensor, lis
     readings: list[Reading] = []
     totals: list[torch.Tensor] = []
 
-    def done(reading: Reading, activity: importance.Activity, device: torch.device) -> None:
-        readings.append(reading)
-        found = activity.mean
-        if by == "contribution":
-            squares = [model.get_parameter(f"{name}.weight").to(device).float().square().sum(0) for name in reading.layers]
-            found = activity.squares * sum(squares)
-            found = found / found.sum()
-        totals.append(found.cpu())
+    def watch(reading: Reading, block: Block) -> tuple[See, Done]:
+        activity = importance.Activity(block.inputs[0].shape[1])
 
-    window = len(context.calibration_ids[0])
-    _walk(bundle, context, _of_block, lambda reading, device: importance.Activity(window), done)
+        def done() -> None:
+            readings.append(reading)
+            found = activity.mean
+            if by == "contribution":
+                weights = [model.get_parameter(f"{name}.weight").to(block.device).float() for name in reading.layers]
+                found = activity.squares * sum(weight.square().sum(0) for weight in weights)
+                found = found / found.sum()
+            totals.append(found.cpu())
+
+        return lambda x, y: activity.add(y), done
+
+    _walk(bundle, context, _of_block, watch)
     return torch.stack(totals).sum(0), readings
 
 
@@ -72,17 +82,21 @@ def narrow(
     model: Any = bundle.model
     fitted: dict[str, torch.Tensor] = {}
 
-    def start(reading: Reading, device: torch.device) -> Renormed:
-        return Renormed(model.get_parameter(f"{reading.norm}.weight").to(device), kept.to(device), compensate)
+    def watch(reading: Reading, block: Block) -> tuple[See, Done]:
+        norm = model.get_submodule(reading.norm)
+        renormed = Renormed(norm, kept.to(block.device), compensate)
 
-    def done(reading: Reading, found: Renormed, device: torch.device) -> None:
-        norm = model.get_parameter(f"{reading.norm}.weight")
-        fitted[f"{reading.norm}.weight"] = (norm.float()[kept.to(norm.device)] * found.ratio.to(norm.device)).to(norm.dtype).cpu()
-        for name in reading.layers if compensate and not reading.is_tied else ():
-            weight = model.get_parameter(f"{name}.weight")
-            fitted[f"{name}.weight"] = found.fit(weight.to(device).float(), damping, name).to(weight.dtype).cpu()
+        def done() -> None:
+            weight = norm.weight.float()[kept.to(norm.weight.device)] * renormed.ratio.to(norm.weight.device)
+            fitted[f"{reading.norm}.weight"] = weight.to(norm.weight.dtype).cpu()
+            for name in reading.layers if compensate and not reading.is_tied else ():
+                weight = model.get_parameter(f"{name}.weight")
+                found = renormed.fit(weight.to(block.device).float(), damping, name)
+                fitted[f"{name}.weight"] = found.to(weight.dtype).cpu()
 
-    _walk(bundle, context, lambda block: [r for r in readings if r.norm.startswith(f"{block.name}.")], start, done)
+        return renormed.add, done
+
+    _walk(bundle, context, lambda block: [r for r in readings if r.norm.startswith(f"{block.name}.")], watch)
     narrowing.cut_hidden(model, decoder_blocks(model)[1], kept)
     for name, tensor in fitted.items():
         parameter = model.get_parameter(name)
@@ -90,35 +104,30 @@ def narrow(
 
 
 class Renormed:
-    """A norm's output y over calibration text beside what the norm makes of the `kept` dimensions alone, y′ = y[kept] / r.
+    """What a norm makes over calibration text, y, beside what it makes of the `kept` dimensions alone, y′."""
 
-    r = RMS(x[kept]) / RMS(x) of each token, which is RMS(y[kept] / w): the norm's input need not be known.
-    """
-
-    def __init__(self, weight: torch.Tensor, kept: torch.Tensor, compensate: bool) -> None:
-        self.weight, self.kept, self.compensate = weight.float()[kept], kept, compensate
+    def __init__(self, norm: Any, kept: torch.Tensor, compensate: bool) -> None:
+        self.norm, self.kept, self.compensate = copy.deepcopy(norm), kept, compensate
+        self.norm.weight.data = self.norm.weight.data.to(kept.device)[kept]
         self.tokens = 0
-        self._ratios: torch.Tensor | float = 0.0
+        self._both: torch.Tensor | float = 0.0
         self._cross: torch.Tensor | float = 0.0
         self._moments = Hessian()
 
-    def add(self, x: torch.Tensor) -> None:
-        """`x` [tokens, hidden], y"""
-        y = x.float()
-        stays = y[:, self.kept]
-        ratio = (stays / self.weight).nan_to_num(0, 0, 0).square().mean(-1).sqrt()  # a weight of 0 tells nothing of its input
-        self._ratios = self._ratios + ratio.sum()
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """`x` [tokens, hidden] is what the norm was given."""
+        alone, y = self.norm(x[:, self.kept]).float(), y.float()
+        self._both = self._both + torch.stack([(y[:, self.kept] * alone).sum(), alone.square().sum()])
         self.tokens += len(y)
         if self.compensate:
-            alone = stays / ratio[:, None].clamp(min=torch.finfo(torch.float32).tiny)
             self._cross = self._cross + linear(y.T.contiguous(), alone.T.contiguous())  # [hidden, kept]
             self._moments.add(alone)
 
     @property
     def ratio(self) -> torch.Tensor:
-        """The factor c for which c·y′ is closest to y[kept], where the norm's weight is 1: y′ has one length, so the mean r."""
-        assert isinstance(self._ratios, torch.Tensor), "no inputs were added"
-        return self._ratios / self.tokens
+        """The factor c for which c·y′ is closest to y[kept]: RMS(x[kept]) / RMS(x), averaged over tokens by the size of y′."""
+        assert isinstance(self._both, torch.Tensor), "no inputs were added"
+        return self._both[0] / self._both[1].clamp(min=torch.finfo(torch.float32).tiny)
 
     @cached_property
     def _sums(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +139,7 @@ class Renormed:
         """`weight` float32 [out, hidden] → [out, kept], which gives of c·y′ what `weight` gives of y, as nearly as can be."""
         cross, moments = self._sums
         stays = weight[:, self.kept]
-        missing = linear(weight, cross.T.contiguous()) - linear(stays, moments)
+        missing = weight @ cross - stays @ moments  # no `linear`, whose operands calibration may round: this cancels
         return importance.refit(stays, missing, moments, damping, name)
 
 
@@ -138,64 +147,70 @@ def _walk(
     bundle: Bundle,
     context: Context,
     readings: Callable[[Block], list[Reading]],
-    start: Callable[[Reading, torch.device], Any],
-    done: Callable[[Reading, Any, torch.device], None],
+    watch: Callable[[Reading, Block], tuple[See, Done]],
 ) -> None:
-    """Shows each norm's outputs over calibration text to a statistic of its own. No weight may change meanwhile."""
+    """Shows what each norm is given and makes, over calibration text. No weight may change meanwhile."""
     model: Any = bundle.model
-    last = _last(model)
+    last, count = _last(model), len(decoder_blocks(model)[1])
 
     def work(block: Block) -> None:
-        found = {reading.layers[0]: (reading, start(reading, block.device)) for reading in readings(block)}
+        found = {reading: watch(reading, block) for reading in readings(block)}
+        hooks = [model.get_submodule(reading.norm).register_forward_hook(_shown(see)) for reading, (see, _) in found.items()]
         block.finished.update(block.linears)  # what ran once need not run again
-        block.observe(found, lambda name, y: found[name][1].add(y))
-        for reading, statistic in found.values():
-            done(reading, statistic, block.device)
+        try:
+            block.observe([reading.layers[0] for reading in found], lambda name, y: None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for _, done in found.values():
+            done()
         if block.index == count - 1:
-            statistic, norm = start(last, block.device), model.get_submodule(last.norm)
+            (see, done), norm = watch(last, block), model.get_submodule(last.norm)
             with lent(tensors(norm), block.device):
-                for x in block.inputs:
-                    statistic.add(norm(block.run(x)).flatten(0, -2))
-            done(last, statistic, block.device)
+                for x in map(block.run, block.inputs):
+                    see(x.flatten(0, -2), norm(x).flatten(0, -2))
+            done()
 
-    count = len(decoder_blocks(model)[1])
     # Nothing is finished by it, so there is nothing to go on from.
     blocks.walk(bundle, replace(context, unfinished=None), (), work)
 
 
+def _shown(see: See) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+    return lambda norm, given, y: see(given[0].flatten(0, -2), y.flatten(0, -2))
+
+
 def _of_block(block: Block) -> list[Reading]:
-    """What reads hidden states in a block. Raises InputError for what is no RMSNorm with layers behind it."""
-    found = []
+    """What reads hidden states in a block. Raises InputError for norms that are not RMSNorms with layers behind them."""
+    found, norms = [], narrowing.norms(block.module)
     for stage in smoothing.stages(block):
-        if not any(name.rpartition(".")[2] in READERS for name in stage.names):
-            continue
-        fold = stage.fold
-        feeder = fold and narrowing.norms(block.module).get(fold.feeder)
-        if fold is None or feeder is None or fold.offset or not _is_rms(feeder):
-            raise InputError(
-                f"{stage.names[0]} does not read what an RMSNorm makes, so hidden dimensions cannot be taken out",
-                hint="hidden: null",
-            )
-        found.append(Reading(f"{block.name}.{fold.feeder}", stage.names))
+        if any(name.rpartition(".")[2] in READERS for name in stage.names):
+            fold = stage.fold
+            if fold is None or fold.feeder not in norms or fold.offset or not _is_rms(norms[fold.feeder]):
+                raise InputError(
+                    f"{stage.names[0]} does not read what an RMSNorm makes, so hidden dimensions cannot be taken out",
+                    hint="hidden: null",
+                )
+            found.append(Reading(f"{block.name}.{fold.feeder}", stage.names))
+    odd = [name for name in norms if all(reading.norm != f"{block.name}.{name}" for reading in found)]
+    if odd:
+        raise InputError(
+            f"no layer reads what {block.name}.{odd[0]} makes, so hidden dimensions cannot be taken out", hint="hidden: null"
+        )
     return found
 
 
 def _last(model: Any) -> Reading:
     """The norm before the head. Raises InputError where that is not what a model ends with."""
-    name, embedding = _base(model), model.get_input_embeddings()
-    norms = narrowing.norms(model.base_model)
-    if type(embedding) is not nn.Embedding or len(norms) != 1 or not _is_rms(*norms.values()):
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    norms = list(narrowing.norms(model.base_model).values())
+    if type(embedding) is not nn.Embedding or head is None or len(norms) != 1 or not _is_rms(norms[0]):
         raise InputError(
             f"{type(model).__name__} does more with its hidden states than embedding, blocks, one RMSNorm and head do, so "
             "their dimensions cannot be taken out",
             hint="hidden: null",
         )
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    return Reading(f"{name}{next(iter(norms))}", (head,), model.get_output_embeddings().weight is embedding.weight)
-
-
-def _base(model: Any) -> str:
-    return "" if model.base_model is model else f"{model.base_model_prefix}."
+    names = {module: name for name, module in model.named_modules()}
+    return Reading(names[norms[0]], (names[head],), head.weight is embedding.weight)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import linear
 
 from infopt.calibrate.hessian import Hessian
 from infopt.errors import InputError
@@ -98,8 +97,6 @@ def refit(stays: torch.Tensor, missing: torch.Tensor, moments: torch.Tensor, dam
 
 def narrowed(weight: torch.Tensor, kept: torch.Tensor, moments: torch.Tensor, damping: float, name: str) -> torch.Tensor:
     """`weight` [out, in] with zeros for the inputs that are not `kept`, the others refitted to do their work: all float32."""
-    gone = weight.index_fill(1, kept, 0)
-    stays = weight - gone
-    missing = linear(gone, moments[kept])  # [out, kept], as moments are symmetric
-    stays[:, kept] = refit(weight[:, kept], missing, moments[kept][:, kept], damping, name)
-    return stays
+    missing = weight.index_fill(1, kept, 0) @ moments[:, kept]  # no `linear`, whose operands calibration may round
+    fitted = refit(weight[:, kept], missing, moments[kept][:, kept], damping, name)
+    return torch.zeros_like(weight).index_copy_(1, kept, fitted)

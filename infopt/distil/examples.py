@@ -105,7 +105,7 @@ def steps_of(count: int, size: int, epochs: int) -> int:
 
 
 def split(count: int, share: float, least: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to validate on: `share` of them, `least` at least, by the seed."""
+    """Indices to train on, one at least, and to validate on: `share` of `count` ≥ 2, `least` at least, by the seed."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    held = max(least, round(count * share))
+    held = min(max(least, round(count * share)), count - 1)
     return sorted(order[held:]), sorted(order[:held])

@@ -64,7 +64,7 @@ def of(shapes: Shapes, path: str) -> Width:
             path,
             f"{shapes.architecture} has no {lacking[1]} in block {lacking[0]}{reason}; allowed: blocks of "
             f"{', '.join((*ATTENTION, *MLP))}",
-            hint="magnitude, wanda and sparsegpt prune whatever is a linear layer",
+            hint="drop_layers takes whole blocks out, whatever they are built of",
         )
     odd = next((name for block in blocks for part, name in block.items() if part not in (*ATTENTION, *MLP)), None)
     if odd is not None:
@@ -93,17 +93,19 @@ def count(wanted: float | None, there: int, multiple: int, path: str) -> int:
     step = multiple if there % multiple == 0 else 1
     if isinstance(wanted, float):
         kept = int(there * wanted) // step * step
-        if kept:
-            return kept
-        message = f"found {wanted}, which leaves less than {step} of {there}; allowed: {step / there:.3g} … 1"
-        raise RecipeError(path, message, hint=None if step == 1 else "a smaller multiple")
+        if not kept:
+            hint = None if step == 1 else f"multiple: {math.gcd(int(there * wanted), there)}"
+            raise RecipeError(
+                path, f"found {wanted}, which leaves less than {step} of {there}; allowed: {step / there:.3g} … 1", hint=hint
+            )
+        return kept
     if wanted > there:
-        raise RecipeError(path, f"found {wanted}; allowed: {step} … {there}, which is all there is")
+        raise RecipeError(path, f"found {wanted}; allowed: up to {there}, which is all there is")
     if wanted % step:
         low = wanted // step * step
         nearest = f"{low} or {low + step}" if low else str(step)
-        raise RecipeError(path, f"found {wanted}, which is no multiple of {step} as {there} is; allowed: {nearest}",
-                          hint=f"multiple: {max(d for d in range(1, step) if wanted % d == 0)}")  # fmt: skip
+        message = f"found {wanted}, which is no multiple of {step} as {there} is; allowed: {nearest}"
+        raise RecipeError(path, message, hint=f"multiple: {math.gcd(wanted, there)}")
     return wanted
 
 
@@ -202,13 +204,14 @@ def predict(
         rows = sum(before.linear(part)[0] for part in READERS)
         flops += 2 * _flops(tokens, before.hidden, after.hidden, rows / 2, compensate)
         held = blocks * rows * after.hidden * element if compensate else 0.0
+        held += 0 if shapes.is_head_tied or not compensate else 12 * shapes.head_parameters
         largest = max(largest, before.hidden)
-    rate = machine.flops.get("float32")
+    rate, read = machine.flops.get("float32"), machine.read_bytes_per_s
     peak = loaded.weights_bytes + held + 28 * largest**2
     step = Prediction(
         weights_bytes=round(stored),
         peak_bytes=max(loaded.peak_bytes, round(peak)),
-        seconds=blocks * flops / rate if rate else None,
+        seconds=blocks * flops / rate + loaded.weights_bytes / read if rate and read else None,
     )
     return passes.add(step, loaded, shapes, tokens, machine, passes=runs, hessians=False)
 

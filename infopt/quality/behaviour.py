@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from infopt.data.candidates import Choice, choose
@@ -195,6 +195,20 @@ def compare_answers(
         refusals_reference=sum(is_refusal(answer.text) for answer in reference),
         refusals=sum(is_refusal(answer.text) for answer in candidate),
     )
+
+
+def retokenised(answers: Sequence[Answer], reference: Sequence[Answer], tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
+    """Answers of a model with other tokens in those of the reference's `tokenizer`: the same text has the reference's own."""
+    own = {answer.id: answer for answer in reference}
+    return [
+        replace(
+            answer,
+            output_ids=own[answer.id].output_ids
+            if answer.id in own and own[answer.id].text == answer.text
+            else tuple(tokenizer(answer.text, add_special_tokens=False, verbose=False)["input_ids"]),
+        )
+        for answer in answers
+    ]
 
 
 def first_divergence(reference: Sequence[int], candidate: Sequence[int]) -> int | None:

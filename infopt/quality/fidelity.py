@@ -7,6 +7,10 @@ distributions p (reference) and q (candidate) over the vocabulary, and x is the 
     ΔNLL       = log p(x) − log q(x)                 nats; exp of its mean is the perplexity ratio
     Δp         = q(x) − p(x)                         share of probability
 
+A candidate with a part of the reference's vocabulary (`quality.vocabularies.Part`) reads the same text, tokens that it lacks
+in pieces. Then q(x) is the product over the pieces, so that ΔNLL counts what each lost token costs. KLD, which would be infinite,
+is no figure then: what `kld_mean` says is over the tokens that both have, p renormalised to them.
+
 Only these scalars are kept. Logits are worked through in chunks of positions, in fp32, so beside the models' own outputs
 memory is bounded by a few chunks × vocabulary. Intervals count windows, not tokens: a window's tokens share a context.
 """
@@ -25,6 +29,7 @@ from numpy.typing import NDArray
 from infopt.errors import InfoptError, InputError
 from infopt.protocols import Progress
 from infopt.quality.values import figure_value
+from infopt.quality.vocabularies import Part
 from infopt.result import Value
 from infopt.stats import Interval, cluster_mean_interval
 
@@ -56,6 +61,8 @@ class FidelityResult:
     """Scores per window, and the figures derived from them."""
 
     windows: tuple[WindowScores, ...]
+    kld_reason: str | None = None
+    """Why KLD is no figure; `kld_mean` is over the tokens that both models have then."""
 
     @property
     def positions(self) -> int:
@@ -110,7 +117,12 @@ class FidelityResult:
             "kld.max": float(kld.max()),
             "rms_dp": math.sqrt(float(np.mean(delta_p**2))),
         } | {key: interval.estimate for key, interval in means.items() if interval}
-        return dict(figure_value(key, numbers[key], self.positions, interval=means.get(key)) for key in FIGURES)
+        return dict(
+            figure_value(key, None, self.positions, reason=self.kld_reason)
+            if self.kld_reason and key.startswith("kld.")
+            else figure_value(key, numbers[key], self.positions, interval=means.get(key))
+            for key in FIGURES
+        )
 
     def _mean(self, groups: Sequence[NDArray[np.float64]]) -> Interval | None:
         return None if self.non_finite else cluster_mean_interval(groups)
@@ -128,12 +140,13 @@ def compare_models(
     windows: Sequence[Sequence[int]],
     progress: Progress = lambda line: None,
     chunk: int = CHUNK_POSITIONS,
+    part: Part | None = None,
 ) -> FidelityResult:
     """Scores every window with both models; `chunk` positions at a time are turned into probabilities.
 
     The models may differ in dtype and device. Vocabularies may differ by padding only, and are then compared over the
-    common part, each renormalised to it. Raises InputError for other vocabularies or a window below two tokens,
-    InfoptError when a model's logits do not fit the window.
+    common part, each renormalised to it; or the candidate's is `part` of the reference's, whose tokens `windows` hold. Raises
+    InputError for other vocabularies or a window below two tokens, InfoptError when a model's logits do not fit the window.
     """
     import torch
 
@@ -146,8 +159,14 @@ def compare_models(
             if len(window) < 2:
                 raise InputError(f"window {number} has {len(window)} tokens; next-token scores need 2", hint="use longer windows")
             ids = torch.tensor([list(window)], dtype=torch.int64)
-            scores.append(_score(_logits(reference, ids), _logits(candidate, ids), ids[0], chunk))
-    return FidelityResult(tuple(scores))
+            if part is None:
+                scores.append(_score(_logits(reference, ids), _logits(candidate, ids), ids[0], chunk))
+                continue
+            pieces = [part.pieces(token) for token in window]
+            own = torch.tensor([[piece for each in pieces for piece in each]], dtype=torch.int64)
+            lengths = torch.tensor([len(each) for each in pieces])
+            scores.append(_score_part(_logits(reference, ids), _logits(candidate, own), ids[0], own[0], lengths, part, chunk))
+    return FidelityResult(tuple(scores), None if part is None else f"KLD is over all of the reference's tokens; {part.described}")
 
 
 def logits_of(model: PreTrainedModel) -> LogitsOf:
@@ -198,6 +217,48 @@ def _score(reference: torch.Tensor, candidate: torch.Tensor, ids: torch.Tensor, 
         true_q = log_q.gather(-1, targets[rows, None])[:, 0]
         same = log_p.argmax(dim=-1) == log_q.argmax(dim=-1)
         parts.append((kld, -true_p, -true_q, true_q.exp() - true_p.exp(), same))
+    return _window(parts)
+
+
+def _score_part(
+    reference: torch.Tensor,
+    candidate: torch.Tensor,
+    ids: torch.Tensor,
+    own: torch.Tensor,
+    lengths: torch.Tensor,
+    part: Part,
+    chunk: int,
+) -> WindowScores:
+    """`own`: the window in the candidate's tokens, of which `lengths` belong to each of the reference's `ids`."""
+    import torch
+
+    device = reference.device
+    if max(max(part.ids), int(ids.max())) >= reference.shape[-1] or len(part.ids) > candidate.shape[-1]:
+        raise InputError("a vocabulary has more tokens than its model has logits", hint="use the model's own tokenizer")
+    shared, targets = torch.tensor(part.ids, device=device), ids[1:].to(device)
+    ends, owners = lengths.cumsum(0) - 1, torch.arange(len(ids)).repeat_interleave(lengths)
+    parts: list[tuple[torch.Tensor, ...]] = []
+    for start in range(0, len(reference), chunk):
+        stop = min(start + chunk, len(reference))
+        first, last = int(ends[start]), int(ends[stop])  # candidate's positions first … last − 1 say the targets' pieces
+        logits = reference[start:stop].float()
+        log_p, log_shared = torch.log_softmax(logits, dim=-1), torch.log_softmax(logits[:, shared], dim=-1)
+        log_pieces = torch.log_softmax(candidate[first:last, : len(shared)].to(device).float(), dim=-1)
+        said = log_pieces.gather(-1, own[first + 1 : last + 1, None].to(device))[:, 0]
+        whose = (owners[first + 1 : last + 1] - start - 1).to(device)
+        true_q = torch.zeros(stop - start, device=device).index_add(0, whose, said)
+        log_q = log_pieces[(ends[start:stop] - first).to(device)]
+        p = log_shared.exp()
+        kld = torch.where(p > 0, p * (log_shared - log_q), 0.0).sum(dim=-1).clamp(min=0)
+        true_p = log_p.gather(-1, targets[start:stop, None])[:, 0]
+        same = log_p.argmax(dim=-1) == shared[log_q.argmax(dim=-1)]
+        parts.append((kld, -true_p, -true_q, true_q.exp() - true_p.exp(), same))
+    return _window(parts)
+
+
+def _window(parts: list[tuple[torch.Tensor, ...]]) -> WindowScores:
+    import torch
+
     kld, nll_reference, nll, delta_p, same = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return WindowScores(
         kld=kld.double().numpy(),

@@ -58,6 +58,10 @@ class Technique:
     removes: ClassVar[bool] = False
     """True when it takes a part of the model away, which costs more of what it says than rounding does."""
 
+    keeps_vocabulary: ClassVar[bool] = True
+    """False when its model has other tokens, or other numbers for them: `apply` then returns the tokenizer for them, and what
+    follows gets its calibration text in these."""
+
     remark: str | None = None
     """What every report of a model that it made says. An instance may set its own."""
 
@@ -66,6 +70,9 @@ class Technique:
 
     walks: bool = False
     """True when it brings one decoder block at a time to the device, wherever the model lies. An instance may set its own."""
+
+    data: str | None = None
+    """A file of rows that it learns from. An instance sets its own."""
 
     def __init__(self, options: Any) -> None:
         self.options = options

@@ -200,7 +200,8 @@ class Distil(Technique):
         if o.train == "lora":
             trained = sum(out + inner for out, inner in shapes.linear.values()) * o.rank
         peak = before.weights_bytes + HELD_BYTES * trained + (before.weights_bytes if o.is_live else 0)
-        step = Prediction(before.weights_bytes, max(before.peak_bytes, peak), 0.0 if machine.read_bytes_per_s else None)
+        rate = machine.read_bytes_per_s
+        step = Prediction(before.weights_bytes, max(before.peak_bytes, peak), before.weights_bytes / rate if rate else None)
         # Training multiplies in bfloat16 where that is faster, whatever the model's dtype.
         fastest = replace(machine, flops=dict.fromkeys(machine.flops, max(machine.flops.values(), default=0.0)))
         return passes.add(step, before, shapes, (o.epochs + 1) * tokens, fastest, passes=PASSES, hessians=False)

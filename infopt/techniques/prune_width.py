@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from infopt.calibrate.blocks import Block
     from infopt.model.bundle import Bundle
 
-Kept = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None
+Size = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None
 """A number of them, a share (with a decimal point), or all."""
 
 
 class PruneWidthOptions(Options):
-    mlp: Kept = 0.75
+    mlp: Size = 0.75
     kv_heads: Annotated[int, Field(ge=1)] | None = None
-    hidden: Kept = None
+    hidden: Size = None
     multiple: int = Field(default=32, ge=1)
     by: Literal["contribution", "activation"] = "contribution"
     compensate: bool = True
@@ -50,7 +50,8 @@ class PruneWidth(Technique):
                 structured Wanda and FLAP (arXiv 2312.11983). activation: Minitron's mean norm of what is in it, whatever reads
                 it; for hidden of what the norms make. Of hidden, contributions are shares of each layer's output.
     compensate  true (default): the columns that stay take over by least squares what the others gave, W_k + W_r·H_rk·(H_kk + λ)⁻¹
-                with H = X·Xᵀ of the layer's inputs. false: they stay as they are.
+                with H = X·Xᵀ of the layer's inputs. Give it ten tokens and more for each column, or it fits these tokens
+                instead of the language. false: they stay as they are.
     damping     λ as a share of H's mean diagonal, 0 … 1, default 0.01; raise it where calibration is short.
     """
 
@@ -114,6 +115,8 @@ class PruneWidth(Technique):
     def _prune_block(self, before: Width, after: Width, block: Block) -> None:
         """Zeros for the columns of o_proj and down_proj that go. Shapes stay until all blocks are done, so that an interrupted
         walk goes on as any other does."""
+        import torch
+
         from infopt.calibrate import importance
         from infopt.layers.narrowing import channels_of
 
@@ -134,7 +137,7 @@ class PruneWidth(Technique):
             if self.options.compensate:
                 pruned = importance.narrowed(weight.float(), kept, moments, self.options.damping, name)
             else:
-                pruned = weight - weight.index_fill(1, kept, 0)
+                pruned = torch.zeros_like(weight).index_copy_(1, kept, weight[:, kept])
             block.replace(name, pruned.to(weight.dtype))
 
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:

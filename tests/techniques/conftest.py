@@ -104,7 +104,8 @@ def build() -> Build:
         from infopt.model.plan import LoadPlan
 
         plan = technique.plan(LoadPlan(dtype=dtype))
-        return technique.apply(load.load(reference.parse(str(model)), plan), Context(calibration_ids=CALIBRATION))
+        context = Context(calibration_ids=CALIBRATION, open_model=lambda name: load.load(reference.parse(name or str(model))))
+        return technique.apply(load.load(reference.parse(str(model)), plan), context)
 
     return bundle
 

@@ -1,0 +1,172 @@
+"""From rows to examples: what is thrown away and why, what teachers are asked, and that nothing validates what it trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infopt.data.expect import Expect
+from infopt.data.lessons import Lesson
+from infopt.data.prompts import Prompt
+from infopt.distil import gathering
+from infopt.distil.examples import Example
+from infopt.distil.gathering import Answered, apart, encode, gather, sift, wrong
+from infopt.errors import InputError
+from infopt.model import load, reference
+from infopt.model.bundle import Bundle
+from infopt.protocols import Context, Request, Sampling, Trace
+from infopt.techniques.distil import DistilOptions
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return load.load(reference.parse("tiny"))
+
+
+def row(prompt: str, response: str, where: str = "rows.jsonl:1", **expect: Any) -> Answered:
+    rules = Expect(**expect) if expect else None
+    return Answered(Lesson(where, prompt=Prompt(where, text=prompt, is_raw=True, expect=rules), response=response), response)
+
+
+@pytest.mark.parametrize(
+    ("answered", "reason"),
+    [
+        (row("a", "yes"), None),
+        (row("a", " \n"), "says nothing"),
+        (replace(row("a", "yes"), has_ended=False), "has no end"),
+        (row("a", "maybe", choice=("yes", "no")), "breaks choice"),
+        (row("a", "Yes.", choice=("yes", "no")), None),
+        (row("a", "{", json=True), "breaks json"),
+        (row("a", "13", exact="11"), "breaks exact"),
+        (replace(row("a", "yes"), votes=("yes", "yes", "no")), None),
+        (replace(row("a", "yes"), votes=("yes", "no")), "no majority"),
+        (replace(row("a", "yes"), votes=(None, None, "yes")), "no majority"),
+    ],
+)
+def test_what_is_not_worth_learning(answered: Answered, reason: str | None) -> None:
+    assert wrong(answered) == reason
+
+
+def test_contradictions_and_duplicates_go_whatever_their_order() -> None:
+    rows = [row("a", "yes", "f:1"), row("b", "no", "f:2"), row("A ", "no", "f:3"), row("b", "No", "f:4"), row("c", "x", "f:5")]
+    for order in (rows, rows[::-1]):
+        kept, thrown = sift(order)
+        assert sorted(each.lesson.asked for each in kept) == ["b", "c"]
+        assert sorted(where for where, _ in thrown["contradiction"]) == ["f:1", "f:3"]
+        assert len(thrown["duplicate"]) == 1
+
+
+def test_the_answer_is_told_from_what_comes_before() -> None:
+    assert apart("So 4 and 7. Answer: 11", r"Answer: \d+") == ("So 4 and 7. ", "Answer: 11")
+    assert apart("Answer: 1, no, Answer: 2", r"Answer: \d+") == ("Answer: 1, no, ", "Answer: 2")
+    for text, pattern in (("no number", r"Answer: \d+"), ("Answer: 1", r"Answer: \d+"), ("anything", None)):
+        assert apart(text, pattern) == (None, text)
+
+
+def test_answers_end_and_prompts_are_not_learned(bundle: Bundle) -> None:
+    made = encode(row("Ask", "yes"), None, bundle)
+    end = bundle.tokenizer.eos_token_id
+    assert bundle.tokenizer.decode(list(made.ids)[: len("Ask")]) == "Ask"
+    assert made.ids[-1] == end
+    assert made.positions == len(made.ids) - made.first - 1 == 4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0, None])
+def test_reasons_have_their_share_of_the_loss(share: float | None, bundle: Bundle) -> None:
+    made = encode(replace(row("Ask", "yes"), rationale="because"), share, bundle)
+    reason = len("because\n")
+    learned = made.weights[-(reason + 4) :]
+    assert sum(learned) == pytest.approx(reason + 4)
+    assert sum(learned[:reason]) / sum(learned) == pytest.approx(reason / (reason + 4) if share is None else share)
+
+
+class Teacher:
+    """Says what is scripted, a sample after the other."""
+
+    name, notes = "fake", ()
+
+    def __init__(self, bundle: Bundle, said: dict[str, Sequence[str]]) -> None:
+        self.bundle, self.said, self.asked, self.is_closed = bundle, said, list[Request](), False
+
+    def generate(self, requests: Sequence[Request]) -> Trace:
+        self.asked += requests
+        rows = []
+        for request in requests:
+            prompt = str(self.bundle.tokenizer.decode(list(request.prompt_ids), skip_special_tokens=True))
+            for text in self.said[next(key for key in self.said if key in prompt)]:
+                ids = self.bundle.tokenizer(text.removesuffix("…"), add_special_tokens=False)["input_ids"]
+                rows.append(tuple(ids if text.endswith("…") else [*ids, self.bundle.tokenizer.eos_token_id]))
+        return Trace(tuple(rows), (), ())
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def written(folder: Path, *rows: Any) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_a_teacher_answers_and_its_answers_are_sifted(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "TOGETHER", 2)
+    said = {
+        "first": ["yes", "no", "yes"], "second": ["no", "yes", "maybe"], "third": ["maybe"] * 3, "fourth": ["on and…"] * 3,
+        "fifth": ["no"] * 3,
+    }  # fmt: skip
+    teacher, opened = Teacher(bundle, said), []
+    data = written(tmp_path, *({"prompt": f"The {name}?", "expect": {"choice": ["yes", "no"]}} for name in said))
+    options = DistilOptions(data=data, answers="teacher", samples=3, answer_temperature=1.0, answer_tokens=9, teacher="big")
+    context = Context(seed=5, open_engine=lambda name, sampling: opened.append((name, sampling)) or teacher)
+    found = gather(options, bundle, context)
+    assert opened == [("big", Sampling(temperature=1.0, candidates=3))]
+    assert teacher.is_closed
+    assert [request.seed for request in teacher.asked] == [5, 6, 7, 8, 9]
+    assert all(not request.ignore_eos and request.max_new_tokens == 9 for request in teacher.asked)
+    assert {reason: len(rows) for reason, rows in found.thrown.items()} == {"no majority": 1, "breaks choice": 1, "has no end": 1}
+    assert found.thrown["breaks choice"] == [(f"{data}:3", "'maybe'")]
+    texts = [str(bundle.tokenizer.decode(list(each.ids), skip_special_tokens=True)) for each in found.examples]
+    assert [text[-3:] for text in texts] == ["yes", "\nno"]
+    summary = found.summary()
+    assert (summary["rows"], summary["examples"], summary["validation_examples"]) == (5, 1, 1)
+    assert summary["thrown_away"]["no majority"] == {"rows": 1, "shown": [{"row": f"{data}:2", "said": "'no'"}]}
+
+
+def test_without_the_filter_everything_is_learned(bundle: Bundle, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "response": "maybe", "expect": {"choice": ["yes"]}}, {"prompt": "b", "response": "yes"}]
+    data = written(tmp_path, *rows, {"prompt": "b", "response": "no"})
+    assert len(gather(DistilOptions(data=data, filter=False), bundle, Context()).examples) == 3
+    with pytest.raises(InputError, match=r"0 prompts or texts are left, .* thrown away: 1 breaks choice, 2 contradiction"):
+        gather(DistilOptions(data=data), bundle, Context())
+
+
+def test_no_prompt_is_on_both_sides(bundle: Bundle, tmp_path: Path) -> None:
+    data = written(tmp_path, *({"prompt": f"p{number % 10}", "response": f"r{number}"} for number in range(40)))
+    for seed in range(5):
+        found = gather(DistilOptions(data=data, filter=False, validation=0.3), bundle, Context(seed=seed))
+        asked = [{found.examples[i].ids[: found.examples[i].first + 1] for i in side} for side in (found.train, found.validation)]
+        assert len(asked[0]) == 7
+        assert not asked[0] & asked[1]
+        assert len(found.validation) == 12
+        assert sorted(i for batch in found.batches(3, 2, seed) for i in batch) == sorted(found.train * 2)
+
+
+def test_rows_longer_than_the_context_are_thrown_away(bundle: Bundle, tmp_path: Path) -> None:
+    most = bundle.model.config.max_position_embeddings
+    data = written(tmp_path, {"text": "x" * (most + 5)}, {"text": "short"}, {"text": "also"})
+    found = gather(DistilOptions(data=data), bundle, Context())
+    assert list(found.thrown) == ["longer than the model's context"]
+    assert len(found.examples) == 2
+
+
+def test_calibration_text_is_learned_whole(bundle: Bundle) -> None:
+    windows = tuple(tuple(range(5 + i, 25 + i)) for i in range(10))
+    found = gather(DistilOptions(), bundle, Context(calibration_ids=windows))
+    assert found.examples == [Example.of_text(window) for window in windows]
+    assert len(found.validation) == 1
+    assert found.summary()["tokens"] == 9 * 19
