@@ -182,7 +182,7 @@ class _Assessed:
         return result.figures(), detail
 
     def judge_tasks(self, reference: _Assessed) -> tuple[dict[str, Value], dict[str, Any]]:
-        result = tasks.compare_scores(reference.scores(), self.scores())
+        result = tasks.compare_scores(reference.scores(), self.scores(), majority=tasks.majority(_items(self.settings)))
         return result.figures(), {
             "items": result.total,
             "items_hash": _hash(_items(self.settings)),
@@ -192,6 +192,7 @@ class _Assessed:
             "fixed": list(result.fixed),
             "mcnemar_p": result.mcnemar_p,
             "mde": result.mde,
+            "majority": result.majority,
         }
 
     def answers(self) -> list[behaviour.Answer]:

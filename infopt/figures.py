@@ -90,6 +90,13 @@ FIGURES: dict[str, Figure] = {
         _single("behaviour.same_share", "share", "higher", "quality", "prompts answered with the reference's exact tokens"),
         _single("mc.accuracy", "share", "higher", "quality", "multiple choice by log-likelihood per byte"),
         _single("mc.delta", "share", "higher", "quality", "multiple-choice accuracy minus the reference's"),
+        _single(
+            "mc.retention",
+            "ratio",
+            "higher",
+            "quality",
+            "lead over the majority class ÷ the reference's, where there are classes",
+        ),
         _single("mc.flips_share", "share", "lower", "quality", "items whose correctness changed against the reference"),
     )
 }

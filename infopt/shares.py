@@ -57,6 +57,26 @@ class ShareDifference:
         return normal_p((centre - difference) / error)
 
 
+def retention(broken: int, fixed: int, correct_reference: int, total: int, floor: float, alpha: float = 0.05) -> Interval | None:
+    """(candidate's share right − `floor`) ÷ (the reference's − `floor`), on the same items; None where the reference has no lead.
+
+    Interval: Fieller 1954 (the values r at which the paired mean of candidate − floor − r·(reference − floor) is compatible with
+    0), without bounds where the reference's lead itself may be nothing.
+    """
+    lead, left = (right / total - floor for right in (correct_reference, correct_reference - broken + fixed))
+    if lead <= 0:
+        return None
+    both = correct_reference - broken
+    old, new = correct_reference / total, (both + fixed) / total
+    square = normal_quantile(1 - alpha / 2) ** 2 / total
+    v_old, v_new, joint = square * old * (1 - old), square * new * (1 - new), square * (both / total - old * new)
+    a, b, c = lead**2 - v_old, lead * left - joint, left**2 - v_new
+    if a <= 0:
+        return Interval(left / lead)
+    half = math.sqrt(max(0.0, b**2 - a * c))
+    return Interval(left / lead, (b - half) / a, (b + half) / a, alpha)
+
+
 def share_interval(successes: int, total: int, alpha: float = 0.05) -> Interval:
     """Wilson's score interval of a share. Raises ValueError for no items."""
     if total < 1:

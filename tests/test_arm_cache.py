@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from stub_techniques import chosen, register
 
-from infopt import optimize, pipeline
+from infopt import host, optimize, pipeline
 from infopt.arms import ArmSpec
 from infopt.artifact import read_artifact
 from infopt.model.bundle import Bundle
@@ -76,7 +76,7 @@ def test_what_changes_the_weights_changes_the_artifact(built: list[Recipe], monk
         ensure(chosen("rtn"), model="tiny-qwen2"),
         ensure(chosen(engine={"dtype": "float16"})),
     ]
-    monkeypatch.setattr(pipeline, "versions", lambda *found: {"torch": "0"})
+    monkeypatch.setattr(host, "versions", lambda *found: {"torch": "0"})
     folders.append(ensure(chosen("rtn")))
     assert len(set(folders)) == len(folders) == len(built)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from stub_techniques import chosen
 
-from infopt import optimize, pipeline
+from infopt import host, optimize, pipeline
 from infopt.artifact import LoadBack
 from infopt.measure import memory
 from infopt.model import load, reference, shapes
@@ -84,7 +84,7 @@ def test_what_was_made_on_the_host_is_checked_there(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(load, "load", watched)
     monkeypatch.setattr(memory, "reset_peak", lambda device: None)
     monkeypatch.setattr(memory, "peak_bytes", lambda device: None)
-    monkeypatch.setattr(pipeline, "device_name", lambda asked: "cuda")
+    monkeypatch.setattr(host, "device_name", lambda asked: "cuda")
     own = chosen({"gptq": {"group_size": 32}}, calibration={"samples": 4, "tokens": 64})
     checks: tuple[LoadBack, ...] = optimize.optimize("tiny", own, tmp_path / "out", LoadOptions()).load_back
     assert asked == ["cuda"]

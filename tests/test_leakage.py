@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from stub_techniques import chosen, register
 
-from infopt import arm_run, arms, assess, bench, compare, forecast, leakage, optimize, pipeline
+from infopt import arm_run, arms, assess, bench, compare, forecast, host, leakage, optimize, pipeline
 from infopt.arms import ArmSpec
 from infopt.artifact import Artifact, read_artifact
 from infopt.data.overlap import Fingerprint, Piece, Words, shares
@@ -157,7 +157,7 @@ def test_calibration_text_that_is_no_good_is_refused_before_a_weight_is_read(
     tokens: int,
     message: str,
 ) -> None:
-    monkeypatch.setattr(pipeline, "machine", lambda device, threads: None)
+    monkeypatch.setattr(host, "measured", lambda device, threads: None)
     if content is not None:
         write(tmp_path / "own.txt", content)
     own = recipe(tmp_path / "own.txt", samples, tokens)

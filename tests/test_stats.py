@@ -11,7 +11,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infopt.shares import ShareDifference, mcnemar_p, share_interval
+from infopt.shares import ShareDifference, mcnemar_p, retention, share_interval
 from infopt.stats import (
     Bootstrap,
     PairedEffect,
@@ -393,3 +393,17 @@ def test_looks_split_alpha_and_skip_those_that_cannot_decide() -> None:
     assert all(look.pairs >= min_pairs(look.alpha) for look in early)
     assert [(look.pairs, look.alpha) for look in looks(0.05, 20, 20)] == [(20, 0.05)]
     assert [look.pairs for look in looks(0.05, 3, 4)] == [4], "too few for any verdict, which the judgement then says"
+
+
+def test_the_interval_of_retention_holds_what_it_says() -> None:
+    """Simulated pairs: the reference right in 80 %, the candidate in 74 %, most of them together; the floor at 50 %."""
+    source, total, hits = np.random.default_rng(0), 300, 0
+    for _ in range(400):
+        old = source.random(total) < 0.8
+        new = np.where(old, source.random(total) < 0.87, source.random(total) < 0.22)
+        found = retention(int((old & ~new).sum()), int((~old & new).sum()), int(old.sum()), total, 0.5)
+        assert found is not None
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low <= (0.8 * 0.87 + 0.2 * 0.22 - 0.5) / 0.3 <= found.high
+    assert 0.92 < hits / 400 < 0.98

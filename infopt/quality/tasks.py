@@ -8,6 +8,7 @@ generated and no letter is asked for: small models carry signal here long before
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from infopt.errors import InputError
 from infopt.protocols import Progress
 from infopt.quality.values import figure_value
 from infopt.result import Value
-from infopt.shares import ShareDifference, mcnemar_p, share_interval
+from infopt.shares import ShareDifference, mcnemar_p, retention, share_interval
 from infopt.stats import Interval
 
 if TYPE_CHECKING:
@@ -62,6 +63,15 @@ class TaskResult:
     broken: tuple[str, ...]
     fixed: tuple[str, ...]
     alpha: float = 0.05
+    majority: float | None = None
+    """Share of the items with the commonest answer, where all have the same choices."""
+
+    @property
+    def retention(self) -> Interval | None:
+        """What is left of the reference's lead over always giving the commonest answer; None where there is no such lead."""
+        if self.majority is None:
+            return None
+        return retention(len(self.broken), len(self.fixed), self.correct_reference, self.total, self.majority, self.alpha)
 
     @property
     def accuracy(self) -> Interval:
@@ -89,6 +99,8 @@ class TaskResult:
 
     def figures(self) -> dict[str, Value]:
         found = {"mc.accuracy": self.accuracy, "mc.delta": self.difference.interval, "mc.flips_share": self.flips}
+        if self.retention is not None:
+            found["mc.retention"] = self.retention
         return dict(figure_value(key, interval.estimate, self.total, interval=interval) for key, interval in found.items())
 
 
@@ -134,7 +146,16 @@ def masked_logits_of(model: PreTrainedModel) -> MaskedLogitsOf:
     return forward
 
 
-def compare_scores(reference: Sequence[ItemScore], candidate: Sequence[ItemScore], alpha: float = 0.05) -> TaskResult:
+def majority(items: Sequence[Item]) -> float | None:
+    """Share of the commonest answer, where every item has the same choices: a classification. None for other items."""
+    if len({item.choices for item in items}) != 1:
+        return None
+    return max(Counter(item.answer for item in items).values()) / len(items)
+
+
+def compare_scores(
+    reference: Sequence[ItemScore], candidate: Sequence[ItemScore], alpha: float = 0.05, majority: float | None = None
+) -> TaskResult:
     """What changed between two scorings of the same items in the same order. Raises InputError for other items."""
     if not reference or [(r.id, r.answer) for r in reference] != [(c.id, c.answer) for c in candidate]:
         raise InputError("reference and candidate were not scored on the same items", hint="score both on one file")
@@ -146,6 +167,7 @@ def compare_scores(reference: Sequence[ItemScore], candidate: Sequence[ItemScore
         broken=tuple(old.id for old, new in pairs if old.is_correct and not new.is_correct),
         fixed=tuple(old.id for old, new in pairs if new.is_correct and not old.is_correct),
         alpha=alpha,
+        majority=majority,
     )
 
 

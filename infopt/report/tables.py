@@ -123,6 +123,7 @@ def arm_columns(comparison: Comparison) -> tuple[Column, ...]:
         _with_spread(arms, "ppl ratio ±", "ppl_ratio"),
         _plain(arms, "same top-1", "quality", ("top1_agreement",)),
         _multiple_choice(arms),
+        _with_spread(arms, "retention ±", "mc.retention"),
     ]
     shown = tuple(column for column in columns if any(cell != ABSENT for cell in column.cells))
     return shown + tuple(_gate(comparison, key) for key in gated_figures(comparison))

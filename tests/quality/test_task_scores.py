@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from infopt.data.choices import Item
 from infopt.errors import InputError
-from infopt.quality.tasks import ItemScore, compare_scores, masked_logits_of, score_choices
+from infopt.quality.tasks import ItemScore, compare_scores, majority, masked_logits_of, score_choices
 
 ITEMS = [
     Item("a", "Birds can", ("fly", "read a newspaper", "né"), 0, "one"),
@@ -120,3 +120,29 @@ def test_other_items_are_refused() -> None:
             compare_scores([score("i", right=True)], candidate)
     with pytest.raises(InputError, match="same items"):
         compare_scores([], [])
+
+
+@pytest.mark.parametrize(("answers", "share"), [((0, 1, 0, 0), 0.75), ((1, 1), 1.0)])
+def test_the_majority_class_is_the_commonest_answer(answers: tuple[int, ...], share: float) -> None:
+    items = [Item(f"i{n}", "q", ("yes", "no"), answer, "own") for n, answer in enumerate(answers)]
+    assert majority(items) == share
+    assert majority([*items, Item("other", "q", ("a", "b"), 0, "own")]) is None, "no classification"
+
+
+def test_retention_is_the_lead_that_is_left() -> None:
+    """40 of 60 by the reference, 35 by the candidate, 20 by who always says the commonest."""
+    old = [score(f"i{n}", right=n < 40) for n in range(60)]
+    new = [score(f"i{n}", right=2 <= n < 37) for n in range(60)]
+    found = compare_scores(old, new, majority=1 / 3).figures()["mc.retention"]
+    assert found.value == pytest.approx(15 / 20)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < 0.75 < found.high < 1.0
+    assert "mc.retention" not in compare_scores(old, new).figures()
+    assert "mc.retention" not in compare_scores(old, new, majority=0.7).figures(), "the reference leads by nothing"
+
+
+def test_an_uncertain_lead_gives_no_bounds() -> None:
+    old = [score(f"i{n}", right=n < 6) for n in range(10)]
+    found = compare_scores(old, old, majority=0.5).figures()["mc.retention"]
+    assert (found.value, found.low, found.high) == (1.0, None, None)
