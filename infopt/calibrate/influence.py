@@ -43,6 +43,13 @@ def left_out(
     return found
 
 
+def evenly(blocks: int, count: int) -> list[int]:
+    """`count` of `blocks` numbers, so that those which are left, the first and the last among them, are as even as can be."""
+    left = blocks - count
+    kept = {round(place * (blocks - 1) / max(1, left - 1)) for place in range(left)}
+    return [index for index in range(blocks) if index not in kept]
+
+
 def greedy(probe: Probe, count: int, progress: Progress = lambda line: None) -> list[tuple[int, float]]:
     """`count` blocks, each the one whose loss costs least once those before it are gone, with the KLD after each, in nats.
 

@@ -95,6 +95,8 @@ def gather(wanted: Wanted, bundle: Bundle, context: Context) -> Gathered:
     """Raises InputError where too little is left to train and to validate on."""
     if wanted.data is None:
         examples = [Example.of_text(window) for window in context.calibration_ids]
+        if wanted.answers == "teacher":
+            examples = continued(context.calibration_ids, wanted, context)
         groups = [str(index) for index in range(len(examples))]
         thrown: dict[str, list[tuple[str, str]]] = {}
         source, rows = "calibration text", len(examples)
@@ -152,6 +154,26 @@ def write_answers(lessons: Sequence[Lesson], wanted: Wanted, bundle: Bundle, con
     finally:
         engine.close()
     return found
+
+
+def continued(windows: Sequence[Sequence[int]], wanted: Wanted, context: Context) -> list[Example]:
+    """What the teacher makes of the first quarter of each window: its own words, of which those after the quarter are learned."""
+    assert context.open_engine is not None
+    engine = context.open_engine(wanted.teacher, Sampling(temperature=wanted.answer_temperature))
+    examples = []
+    try:
+        for start in range(0, len(windows), TOGETHER):
+            context.progress(f"distil: the teacher goes on from {start + 1} … of {len(windows)} windows")
+            openings = [tuple(window[: max(1, len(window) // 4)]) for window in windows[start : start + TOGETHER]]
+            requests = [
+                Request(str(number), opening, wanted.answer_tokens, True, context.seed + number)
+                for number, opening in enumerate(openings, start=start)
+            ]
+            said_all = engine.generate(requests).output_ids
+            examples += [Example.of_answer(opening, found) for opening, found in zip(openings, said_all, strict=True)]
+    finally:
+        engine.close()
+    return examples
 
 
 def apart(text: str, answer: str | None) -> tuple[str | None, str]:

@@ -67,8 +67,6 @@ class DistilOptions(Options):
         for name in ("samples", "answer_temperature"):
             if self.answers == "rows" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"found {name}: {getattr(self, name)} with answers: rows; allowed: answers: teacher")
-        if self.answers == "teacher" and self.data is None:
-            raise ValueError("found answers: teacher without data; allowed: data: prompts.jsonl")
         return self
 
     @property
@@ -90,7 +88,8 @@ class Distil(Technique):
     teacher             a model's reference with the same tokenizer; null (default): the model that the recipe started from.
     data                rows to learn from, a .jsonl file of texts, chats, or prompts (`infopt data rows`); null (default): the
                         recipe's calibration text, all of whose tokens are learned. Of chats only the last answer is.
-    answers             rows (default): the file's. teacher: the teacher writes an answer to every prompt.
+    answers             rows (default): the file's. teacher: the teacher writes an answer to every prompt; of calibration text it
+                        reads the first quarter of every window, and goes on from there.
     samples             answers that the teacher draws for a prompt, 1 … 64, default 1. Of several, one of the majority is kept.
     answer_temperature  of the teacher's answers, 0 … 5, default 0.0: greedy.
     answer_tokens       longest answer, ≥ 1, default 128; one that has not ended by then is thrown away.

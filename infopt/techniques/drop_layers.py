@@ -24,7 +24,7 @@ PROBE_TOKENS = 1024
 
 class DropLayersOptions(Options):
     count: int = Field(default=1, ge=0)
-    by: Literal["greedy", "kld", "influence", "random"] = "greedy"
+    by: Literal["greedy", "kld", "influence", "even", "random"] = "greedy"
     layers: Annotated[tuple[int, ...], Field(strict=False)] | None = None
 
     @model_validator(mode="after")
@@ -45,7 +45,8 @@ class DropLayers(Technique):
     count   blocks that go, ≥ 0 and fewer than there are, default 1.
     by      greedy (default): the block whose loss costs least KLD, measured, then the next one given that it is gone, and so
             on. kld: those that cost least each by itself. influence: those that turn the hidden states least (ShortGPT).
-            random: drawn by the seed, for comparison.
+            even: as many of every part, the first and the last stay; where so many go that training decides. random: drawn by
+            the seed, for comparison.
     layers  numbers of the blocks that go, counted from 0, instead of count and by; default null.
     """
 
@@ -123,6 +124,8 @@ class DropLayers(Technique):
             return influence.greedy(probe, o.count, context.progress)
         if o.by == "random":
             order = random.Random(context.seed).sample(indices, o.count)
+        elif o.by == "even":
+            order = influence.evenly(len(indices), o.count)
         elif o.by == "kld":
             costs = influence.left_out(probe, (), context.progress)
             order = sorted(indices, key=costs.__getitem__)[: o.count]

@@ -164,6 +164,22 @@ def test_rows_longer_than_the_context_are_thrown_away(bundle: Bundle, tmp_path: 
     assert len(found.examples) == 2
 
 
+def test_a_teacher_goes_on_from_calibration_text(bundle: Bundle) -> None:
+    class GoesOn(Teacher):
+        def generate(self, requests: Sequence[Request]) -> Trace:
+            self.asked += requests
+            return Trace(tuple((request.prompt_ids[-1], 7, 8) for request in requests), (), ())
+
+    teacher = GoesOn(bundle, {})
+    windows = tuple(tuple(range(5 + i, 25 + i)) for i in range(20))
+    context = Context(seed=3, calibration_ids=windows, open_engine=lambda name, sampling: teacher)
+    found = gather(DistilOptions(answers="teacher", answer_tokens=3), bundle, context)
+    assert found.examples == [Example.of_answer(window[:5], (window[4], 7, 8)) for window in windows]
+    assert [request.seed for request in teacher.asked] == list(range(3, 23))
+    assert all(request.ignore_eos and request.max_new_tokens == 3 for request in teacher.asked)
+    assert teacher.is_closed
+
+
 def test_calibration_text_is_learned_whole(bundle: Bundle) -> None:
     windows = tuple(tuple(range(5 + i, 25 + i)) for i in range(10))
     found = gather(DistilOptions(), bundle, Context(calibration_ids=windows))

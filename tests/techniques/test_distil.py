@@ -177,7 +177,6 @@ def test_attention_of_the_same_model_has_no_distance(make: Make) -> None:
     ("options", "message"),
     [
         ({"logits": 0.0}, "nothing is learned"),
-        ({"answers": "teacher"}, "answers: teacher without data"),
         ({"samples": 3}, "samples: 3 at answer_temperature 0"),
         ({"samples": 3, "answer_temperature": 1.0}, "with answers: rows"),
         ({"data": "no-such.jsonl"}, "no such file"),

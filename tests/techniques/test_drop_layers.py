@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,7 +17,7 @@ from stub_techniques import CALIBRATION, chosen
 
 from infopt import pipeline
 from infopt.calibrate.calls import decoder_blocks
-from infopt.calibrate.influence import block_influence, greedy, in_order, left_out
+from infopt.calibrate.influence import block_influence, evenly, greedy, in_order, left_out
 from infopt.calibrate.sensitivity import Probe
 from infopt.errors import InputError, RecipeError
 from infopt.layers import depth
@@ -122,7 +122,7 @@ def test_measured_choices_are_no_worse_than_random_ones(deep: str) -> None:
     assert best <= sorted(others)[1] + 1e-6  # of 15 pairs
 
 
-@pytest.mark.parametrize("by", ["greedy", "kld", "influence", "random"])
+@pytest.mark.parametrize("by", ["greedy", "kld", "influence", "even", "random"])
 def test_the_artifact_is_a_shallower_model(by: str, deep: str, make: Make, build: Build, tmp_path: Path) -> None:
     bundle = build(make("drop_layers", count=2, by=by), deep)
     found = json.loads(bundle.files["depth.json"])
@@ -167,6 +167,18 @@ def test_every_architecture_loads_back_and_has_the_shapes_that_were_said(
     assert (logits(opened(str(tmp_path / "saved"))) - made).abs().max() < 1e-5
     said = technique.reshape(shapes.shapes(reference.parse(kind)))
     assert said == shapes.shapes(reference.parse(str(tmp_path / "saved")))
+
+
+@given(st.integers(1, 60), st.data())
+def test_what_is_left_is_even(blocks: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, blocks - 1))
+    gone = evenly(blocks, count)
+    left = [index for index in range(blocks) if index not in gone]
+    assert len(gone) == count
+    assert left[0] == 0
+    steps = {after - before for before, after in pairwise(left)}
+    assert not steps or max(steps) - min(steps) <= 1
+    assert len(left) == 1 or left[-1] == blocks - 1
 
 
 @given(st.integers(2, 40), st.data())
