@@ -1,0 +1,283 @@
+"""What do smaller models keep, what does training give back, and do they get faster as their bytes say?
+
+    python benchmarks/smaller.py [--part depth heal signals width draft narrow] [--tasks FOLDER] [--out FOLDER]
+
+depth    six of thirty blocks, chosen in every way; KLD on text that no choice saw
+heal     the share of the lost log-likelihood that training gives back, and the speed of what is left
+signals  the same student and tokens under different losses
+width    narrower matrices, trained afterwards: measured speed against what the bytes predict
+draft    how many drafted tokens the model accepts, before and after the draft learned its words, and what that does to speed
+narrow   a task for half of the bytes (`benchmarks/narrow_tasks.py` writes the rows into --tasks FOLDER)
+
+Every arm is made by `infopt optimize`, or taken from the cache, and judged on the same windows of the bundled evaluation text;
+intervals resample windows, all arms together. Speeds are of the native engine in int8, arms taking turns. What FOLDER holds of
+other parts is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from native_arms import native_decode
+
+from infopt import __version__, host, optimize, pipeline, recipe, techniques, units
+from infopt.arms import ArmSpec
+from infopt.artifact import read_artifact
+from infopt.data import choices, texts
+from infopt.model import checkpoint, load
+from infopt.protocols import Request
+from infopt.quality import fidelity, tasks
+from infopt.sections import EngineSection, Speculative
+from infopt.settings import LoadOptions
+
+OPTIONS = LoadOptions(device="cpu", allow_leakage=True)
+TOKENS, WINDOWS, DRAWS, ROUNDS = 512, 16, 10_000, 5
+RANDOM_DRAWS = 5
+#: The blocks that `greedy` takes out of the demo model, so that arms which differ in training do not choose again.
+GONE = [17, 16, 18, 14, 15, 13]
+TEXT = {"text": "bundled", "samples": 262, "tokens": 256, "seed": 0}
+SHORT = {"text": "bundled", "samples": 16, "tokens": 256, "seed": 0}
+TRAINING = {"epochs": 2, "batch": 4, "learning_rate": 0.0003}
+SIGNALS: dict[str, dict[str, Any]] = {
+    "logits": {},
+    "next token": {"logits": 0.0, "tokens": 1.0},
+    "logits and hidden states": {"hidden": 1.0},
+    "teacher's words": {"logits": 0.0, "tokens": 1.0, "answers": "teacher", "answer_tokens": 191},
+    "logits on teacher's words": {"answers": "teacher", "answer_tokens": 191},
+}
+OPENING, SAID, PROMPTS = 64, 96, 16
+
+
+def say(line: str) -> None:
+    print(f"\r{line[:100]:<100}", end="", file=sys.stderr, flush=True)
+
+
+def own(name: str, *steps: dict[str, Any], calibration: dict[str, Any] | None = None) -> recipe.Recipe:
+    return recipe.parse({"version": 1, "name": name, "steps": list(steps), "calibration": calibration or TEXT}, techniques.find)
+
+
+class Bench:
+    def __init__(self, model: str) -> None:
+        self.model = model
+        bundle = load.load(pipeline.resolve(model, OPTIONS))
+        self.tokenizer = bundle.tokenizer
+        ids = bundle.tokenizer(texts.read_text("bundled", "evaluation"), verbose=False)["input_ids"]
+        self.windows = texts.windows(ids, TOKENS, WINDOWS)
+        with torch.inference_mode():
+            self.reference = [bundle.model(input_ids=torch.tensor([w]), use_cache=False).logits for w in self.windows]
+
+    def made(self, chosen: recipe.Recipe, *, model: str | None = None, seed: int = 0) -> Path:
+        spec = ArmSpec(chosen.name, model or self.model, chosen)
+        folder = optimize.ensure(spec, replace(OPTIONS, seed=seed), lambda line: say(f"{chosen.name}: {line}"))
+        assert folder is not None
+        return folder
+
+    def score(self, folder: Path) -> dict[str, Any]:
+        """KLD and the loss above the reference's, nats per token, window by window; bytes and seconds."""
+        model = load.load(pipeline.resolve(str(folder), OPTIONS)).model
+        stored = iter(self.reference)
+        found = fidelity.compare_models(
+            lambda ids: next(stored), lambda ids: model(input_ids=ids, use_cache=False).logits, self.windows
+        )
+        return {
+            "kld": [float(w.kld.mean()) for w in found.windows],
+            "lost": [float((w.nll - w.nll_reference).mean()) for w in found.windows],
+            "weights_bytes": checkpoint.tensor_bytes(folder),
+            "seconds": {step.name: step.seconds for step in read_artifact(folder).steps},
+        }
+
+    def arm(self, chosen: recipe.Recipe, *, seed: int = 0) -> dict[str, Any]:
+        found = self.score(self.made(chosen, seed=seed))
+        mean, lost = np.mean(found["kld"]), np.mean(found["lost"])
+        print(f"\r{chosen.name:<32} KLD {mean:.4f}  perplexity × {math.exp(lost):.4f}  {units.size(found['weights_bytes'])}")
+        return found
+
+    def native(self, folder: Path | None, speculative: Speculative | None = None) -> Any:
+        """Bundle and recipe of the model, or an artifact, in the native engine with int8 weights."""
+        chosen = replace(recipe.Recipe(name="native"), engine=EngineSection(weights="int8"), speculative=speculative)
+        spec = ArmSpec("native", str(folder or self.model), chosen, is_artifact=folder is not None)
+        return pipeline.open_arm(spec, "cpu", OPTIONS), chosen
+
+
+def interval(of: Callable[[Any], Any], *arms: Sequence[float]) -> dict[str, float]:
+    """`of` the arms' means, with a 95 % interval over windows resampled together."""
+    columns = np.array(arms)
+    draws = np.random.default_rng(0).integers(0, columns.shape[1], (DRAWS, columns.shape[1]))
+    values = of(columns[:, draws].mean(-1))
+    low, high = np.quantile(values, (0.025, 0.975))
+    return {"value": float(of(columns.mean(-1))), "low": float(low), "high": float(high)}
+
+
+def ratio(a: dict[str, Any], b: dict[str, Any], key: str) -> dict[str, float]:
+    return interval(lambda means: means[0] / means[1], a[key], b[key])
+
+
+def depth(bench: Bench) -> dict[str, Any]:
+    arms = {
+        by: bench.arm(own(f"drop 6 by {by}", {"drop_layers": {"count": 6, "by": by}}, calibration=SHORT))
+        for by in ("greedy", "kld", "influence", "even")
+    }
+    for seed in range(RANDOM_DRAWS):
+        steps = {"drop_layers": {"count": 6, "by": "random"}}
+        arms[f"random, seed {seed}"] = bench.arm(own(f"drop 6, seed {seed}", steps, calibration=SHORT), seed=seed)
+    against = {name: ratio(arms["greedy"], arm, "kld") for name, arm in arms.items() if name != "greedy"}
+    return {"arms": arms, "KLD of greedy over": against}
+
+
+def speed(bench: Bench, folders: dict[str, Path | None]) -> dict[str, Any]:
+    """Tokens per second of each, taking turns; ratios to the first are medians over rounds."""
+    prompt = list(bench.windows[0][:128])
+    steps = {name: bench.native(folder)[0].model.step for name, folder in folders.items()}
+    rates: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(ROUNDS + 1):
+        for name, step in steps.items():
+            rate, _ = native_decode(step, [prompt], 96)
+            if number:  # the first warms up
+                rates[name].append(rate)
+    base, *others = rates
+    found: dict[str, Any] = {"tok_per_s": rates, "read_bytes": {name: step.read_bytes for name, step in steps.items()}}
+    found["speedup"] = {
+        name: {
+            "median": float(np.median(r := np.divide(rates[name], rates[base]))),
+            "least": float(r.min()),
+            "most": float(r.max()),
+        }
+        for name in others
+    }
+    found["predicted"] = {name: steps[base].read_bytes / steps[name].read_bytes for name in others}
+    return found
+
+
+def heal(bench: Bench) -> dict[str, Any]:
+    dropped = own("drop 6", {"drop_layers": {"layers": GONE}})
+    healed = recipe.load("distil_heal", techniques.find)
+    arms = {"dropped": bench.arm(dropped), "healed": bench.arm(healed)}
+    regained = interval(lambda means: 1 - means[1] / means[0], arms["dropped"]["lost"], arms["healed"]["lost"])
+    found = speed(bench, {"whole": None, "24 blocks": bench.made(healed)})
+    return {"arms": arms, "share of the lost log-likelihood regained": regained, "speed": found}
+
+
+def signals(bench: Bench) -> dict[str, Any]:
+    arms = {"dropped": bench.arm(own("drop 6", {"drop_layers": {"layers": GONE}}))}
+    for name, options in SIGNALS.items():
+        steps = ({"drop_layers": {"layers": GONE}}, {"distil": TRAINING | options})
+        arms[name] = bench.arm(own(name.replace("'", ""), *steps))
+    regained = {
+        name: interval(lambda means: 1 - means[1] / means[0], arms["dropped"]["lost"], arm["lost"])
+        for name, arm in arms.items()
+        if name != "dropped"
+    }
+    return {"arms": arms, "share of the lost log-likelihood regained": regained}
+
+
+def width(bench: Bench) -> dict[str, Any]:
+    cut = recipe.load("prune_width", techniques.find)
+    training = {"distil": TRAINING}
+    healed = own("prune_width, trained", *(step.as_dict() for step in cut.steps), training)
+    arms = {"cut": bench.arm(cut), "cut and trained": bench.arm(healed)}
+    regained = interval(lambda means: 1 - means[1] / means[0], arms["cut"]["lost"], arms["cut and trained"]["lost"])
+    found = speed(bench, {"whole": None, "cut": bench.made(healed)})
+    return {"arms": arms, "share of the lost log-likelihood regained": regained, "speed": found}
+
+
+def draft(bench: Bench) -> dict[str, Any]:
+    taught = recipe.load("make_draft", techniques.find)
+    folders = {"untaught": bench.made(own("shallow", taught.steps[0].as_dict())), "taught": bench.made(taught)}
+    found: dict[str, Any] = {"weights_bytes": {name: checkpoint.tensor_bytes(folder) for name, folder in folders.items()}}
+    found["seconds"] = {step.name: step.seconds for step in read_artifact(folders["taught"]).steps}
+    requests = [Request(str(n), tuple(w[:OPENING]), SAID) for n, w in enumerate(bench.windows[:PROMPTS])]
+    rates: dict[str, list[float]] = {}
+    said: dict[str, list[tuple[int, ...]]] = {}
+    engines = {"plain": pipeline.engine(*bench.native(None))}
+    for name, folder in folders.items():
+        for tokens in (2, 4):
+            chosen = Speculative(draft=str(folder), tokens=tokens)
+            engines[f"{name}, {tokens} ahead"] = pipeline.engine(*bench.native(None, chosen))
+    engines["auto"] = pipeline.engine(*bench.native(None, Speculative(draft="auto", among=(str(folders["taught"]),))))
+    for name, engine in engines.items():
+        drafted = accepted = first = firsts = 0
+        rates[name], said[name] = [], []
+        for request in requests:
+            trace = engine.generate([request])
+            said[name].append(trace.output_ids[0])
+            rates[name].append((SAID - 1) / (trace.emission_s[-1] - trace.emission_s[0]))
+            drafted, accepted = drafted + (trace.drafted or 0), accepted + (trace.accepted or 0)
+            if trace.accepted_at:
+                first, firsts = first + trace.accepted_at[0][1], firsts + trace.accepted_at[0][0]
+        ahead = {"drafted": drafted, "accepted": accepted, "first": first, "firsts": firsts}
+        found[name] = {"same_text": said[name] == said["plain"], **ahead, "notes": list(engine.notes)}
+        over = np.divide(rates[name], rates["plain"])
+        found[name]["speedup"] = {"median": float(np.median(over)), "least": float(over.min()), "most": float(over.max())}
+        share = f"first token kept {first / firsts:.3f}" if firsts else ""
+        print(f"\r{name:<24} × {np.median(over):.3f} {share}  same text: {found[name]['same_text']}")
+    return found
+
+
+def narrow(bench: Bench, folder: Path) -> dict[str, Any]:
+    """For each task in `folder`: a teacher, and students of half of the blocks from its answers, sifted and not."""
+    found = {}
+    for task in sorted(path for path in folder.iterdir() if path.is_dir()):
+        items = choices.read_choices(task / "test.jsonl")
+        step = recipe.load("finetune", techniques.find).steps[0].as_dict()["distil"]
+        teacher = bench.made(own("finetune", {"distil": step | {"data": str(task / "train.jsonl")}}))
+        scores = {"teacher": scored(bench, teacher, items)}
+        student = recipe.load("distil_classify", techniques.find)
+        dropped, learned = (each.as_dict() for each in student.steps)
+        common = learned["distil"] | {"teacher": str(teacher), "answers": "rows", "samples": 1, "answer_temperature": 0.0}
+        for name, rows, is_sifted in (
+            ("sifted", "noised", True),
+            ("noised, not sifted", "noised", False),
+            ("clean", "answered", True),
+        ):
+            options = common | {"data": str(task / f"{rows}.jsonl"), "filter": is_sifted}
+            scores[name] = scored(bench, bench.made(own(f"student, {name}", dropped, {"distil": options})), items)
+        floor = tasks.majority(items)
+        arms: dict[str, Any] = {}
+        for name, each in scores.items():
+            result = tasks.compare_scores(scores["teacher"], each, majority=floor)
+            arms[name] = {key: value.model_dump() for key, value in result.figures().items()}
+            retained = result.retention
+            print(f"\r{task.name} {name:<22} accuracy {result.accuracy.estimate:.3f}  retention {retained}")
+        found[task.name] = {"items": len(items), "majority": floor, "arms": arms}
+    return found
+
+
+def scored(bench: Bench, folder: Path, items: tuple[choices.Item, ...]) -> list[tasks.ItemScore]:
+    bundle = load.load(pipeline.resolve(str(folder), OPTIONS))
+    return tasks.score_choices(tasks.masked_logits_of(bundle.model), bundle.tokenizer, items, say)
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "depth": depth, "heal": heal, "signals": signals, "width": width, "draft": draft,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--part", nargs="*", choices=[*PARTS, "narrow"], default=list(PARTS))
+    parser.add_argument("--tasks", type=Path)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    bench = Bench(asked.model)
+    path = asked.out / "smaller.json" if asked.out else None
+    document = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    document |= {"schema_version": 1, "model": asked.model, "infopt": __version__, "versions": host.versions()}
+    for part in asked.part:
+        document[part] = narrow(bench, asked.tasks) if part == "narrow" else PARTS[part](bench)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
