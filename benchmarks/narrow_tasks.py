@@ -5,8 +5,8 @@
 
 FOLDER/source/train.jsonl     paragraphs with their source
               answered.jsonl  other paragraphs with their source, and the labels that are allowed
-              noised.jsonl    the same, of which a quarter has an answer that is no label, and a quarter is there twice, the second
-                              time with another label: what a careless teacher writes
+              noised.jsonl    the same, of which a quarter has an answer that is no label, and a quarter is there twice, the
+                              second time with another label: what a careless teacher writes
               test.jsonl      paragraphs from the last fifth of each text, as multiple choice
 """
 
@@ -37,6 +37,12 @@ def paragraphs(text: str) -> list[str]:
     return found
 
 
+def runs(paragraph: str) -> set[tuple[str, ...]]:
+    """Of 13 words, by which texts are told to have something in common."""
+    words = paragraph.casefold().split()
+    return {tuple(words[start : start + 13]) for start in range(len(words) - 12)}
+
+
 def row(paragraph: str, label: str) -> dict[str, Any]:
     return {
         "prompt": f"Paragraph: {paragraph}\nSource:", "raw": True, "response": f" {label}",
@@ -64,7 +70,8 @@ def main() -> None:
     sets: dict[str, list[dict[str, Any]]] = {"train": [], "answered": [], "test": []}
     for name, label in SOURCES.items():
         every = paragraphs((texts / f"{name}.utf8").read_text(encoding="utf-8"))
-        late = every[len(every) * 4 // 5 :]
+        seen = {run for each in every[: len(every) * 4 // 5] for run in runs(each)}
+        late = [each for each in every[len(every) * 4 // 5 :] if seen.isdisjoint(runs(each))]
         early = source.sample(every[: len(every) * 4 // 5], TRAIN + ANSWERED)
         sets["train"] += [row(each, label) for each in early[:TRAIN]]
         sets["answered"] += [row(each, label) for each in early[TRAIN:]]

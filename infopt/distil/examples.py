@@ -58,6 +58,8 @@ class Batch:
 
     def picked(self, logits: torch.Tensor) -> torch.Tensor:
         """[positions, vocabulary] of the logits [rows, span, vocabulary]."""
+        if logits.shape[0] * logits.shape[1] == len(self.places):  # all of them: nothing to copy
+            return logits.flatten(0, 1)
         return logits[self.rows, self.places - self.places.min()]
 
     @staticmethod

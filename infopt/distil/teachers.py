@@ -71,10 +71,12 @@ class Asked:
         found = batch.picked(out.logits)
         total, gradient = self._loss(found.detach(), self._target(batch, told), batch)
         inside = self._inside(out, told, batch)
+        if share != 1:
+            gradient = gradient.mul_(share)
         if inside is None:
-            found.backward(gradient.mul_(share))  # type: ignore[no-untyped-call]
+            found.backward(gradient)  # type: ignore[no-untyped-call]
             return total
-        torch.autograd.backward([found, inside * share], [gradient.mul_(share), torch.ones_like(inside)])
+        torch.autograd.backward([found, inside * share], [gradient, torch.ones_like(inside)])
         return total + float(inside.detach())
 
     @torch.no_grad()
@@ -113,16 +115,17 @@ class Asked:
         return self.kept.of(batch) if self.kept else None
 
     def _loss(self, found: torch.Tensor, target: Target | None, batch: Batch) -> tuple[float, torch.Tensor]:
-        o, total, gradient = self.signals, 0.0, torch.zeros_like(found)
+        o, parts = self.signals, []
         if o.logits and target is not None:
-            value, slope = losses.divergence(found, target, o.divergence, o.temperature, batch.weights)
-            total += o.logits * value
-            gradient += slope.mul_(o.logits)
+            parts.append((o.logits, losses.divergence(found, target, o.divergence, o.temperature, batch.weights)))
         if o.tokens:
-            value, slope = losses.token_loss(found, batch.tokens, batch.weights)
-            total += o.tokens * value
-            gradient += slope.mul_(o.tokens)
-        return total, gradient
+            parts.append((o.tokens, losses.token_loss(found, batch.tokens, batch.weights)))
+        if len(parts) == 1 and parts[0][0] == 1:  # the gradient is as large as the logits: no pass over it for nothing
+            return parts[0][1]
+        gradient = torch.zeros_like(found)
+        for weight, (_, slope) in parts:
+            gradient += slope.mul_(weight)
+        return sum(weight * value for weight, (value, _) in parts), gradient
 
     def _inside(self, out: Any, told: Any, batch: Batch) -> torch.Tensor | None:
         o, parts = self.signals, []

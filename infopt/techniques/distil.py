@@ -86,7 +86,7 @@ class Distil(Technique):
     goes on from its last checkpoint with the same result.
 
     teacher             a model's reference with the same tokenizer; null (default): the model that the recipe started from.
-    data                rows to learn from, a .jsonl file of texts, chats, or prompts (`infopt data rows`); null (default): the
+    data                rows to learn from, a .jsonl file of texts, chats, or prompts (`infopt.data.lessons`); null (default): the
                         recipe's calibration text, all of whose tokens are learned. Of chats only the last answer is.
     answers             rows (default): the file's. teacher: the teacher writes an answer to every prompt; of calibration text it
                         reads the first quarter of every window, and goes on from there.
