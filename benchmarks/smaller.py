@@ -46,13 +46,11 @@ RANDOM_DRAWS = 5
 GONE = [17, 16, 18, 14, 15, 13]
 TEXT = {"text": "bundled", "samples": 262, "tokens": 256, "seed": 0}
 SHORT = {"text": "bundled", "samples": 16, "tokens": 256, "seed": 0}
-TRAINING = {"epochs": 2, "batch": 4, "learning_rate": 0.0003}
+TRAINING = {"epochs": 1, "batch": 4, "learning_rate": 0.0003}
 SIGNALS: dict[str, dict[str, Any]] = {
     "logits": {},
     "next token": {"logits": 0.0, "tokens": 1.0},
-    "logits and hidden states": {"hidden": 1.0},
     "teacher's words": {"logits": 0.0, "tokens": 1.0, "answers": "teacher", "answer_tokens": 191},
-    "logits on teacher's words": {"answers": "teacher", "answer_tokens": 191},
 }
 OPENING, SAID, PROMPTS = 64, 96, 16
 
