@@ -64,16 +64,20 @@ def require_unseen(specs: Sequence[ArmSpec], settings: QualitySettings | None, i
 def of_recipe(chosen: Recipe, is_allowed: bool) -> tuple[str, ...]:
     """What a recipe's calibration text shares with the sets that infopt judges by unless it is given others. Raises
     InputError where it shares anything, unless that is allowed."""
-    source = pipeline.calibration_source(chosen)
-    leaks = {} if source is None else _shared(Fingerprint.whole(source.words()), list(_sets(QualitySettings())))
+    leaks: dict[str, str] = {}
+    for known in _of_steps(chosen):
+        if isinstance(known, Fingerprint):
+            leaks |= _shared(known, list(_sets(QualitySettings())))
     refuse(leaks, chosen.name, is_allowed)
     return tuple(leaks.values())
 
 
-def write(source: Source | None, folder: Path) -> None:
-    """The fingerprint of calibration text, into an artifact's folder."""
-    if source is not None:
-        (folder / FILE).write_bytes(Fingerprint.of(source.words()).to_bytes())
+def write(chosen: Recipe, source: Source | None, folder: Path) -> None:
+    """The fingerprint of what an artifact's steps have read, and the models that taught it, into its folder."""
+    known = [] if source is None else [Fingerprint.of(source.words())]
+    known += [each for each in _of_models(chosen) if isinstance(each, Fingerprint)]
+    if known:
+        (folder / FILE).write_bytes(Fingerprint.joined(known).to_bytes())
 
 
 def remarks(leaks: Mapping[str, str]) -> tuple[str, ...]:
@@ -90,9 +94,22 @@ def _fingerprints(spec: ArmSpec) -> Iterator[Fingerprint | Path]:
         model = saved.reference
     if model.lower().endswith(".gguf"):
         yield from _stored(_exported_hash(Path(f"{model}.json").expanduser()), Path(f"{model}.{FILE}").expanduser())
-    source = None if spec.is_artifact else pipeline.calibration_source(spec.recipe)
+    if not spec.is_artifact:
+        yield from _of_steps(spec.recipe)
+
+
+def _of_steps(chosen: Recipe) -> Iterator[Fingerprint | Path]:
+    """Of what a recipe's steps read, and of what the models that they learn from have."""
+    source = pipeline.calibration_source(chosen)
     if source is not None:
         yield Fingerprint.whole(source.words())
+    yield from _of_models(chosen)
+
+
+def _of_models(chosen: Recipe) -> Iterator[Fingerprint | Path]:
+    for name in dict.fromkeys(name for step in pipeline.unchecked(chosen) for name in step.models):
+        if artifact.is_artifact(Path(name)):
+            yield from _fingerprints(ArmSpec(name, name, chosen, is_artifact=True))
 
 
 def _stored(calibration_hash: str | None, path: Path) -> Iterator[Fingerprint | Path]:

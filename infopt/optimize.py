@@ -91,7 +91,7 @@ def optimize(
                 bytes_after=shapes.stored_bytes(staging),
                 content_hash=made.content_hash,
             )
-            leakage.write(source, staging)
+            leakage.write(chosen, source, staging)
             (staging / artifact.FILE).write_text(dump(document), encoding="utf-8")
             (staging / "README.md").write_text(model_card(document), encoding="utf-8")
     return document
@@ -148,6 +148,7 @@ def build_key(ref: ModelReference, chosen: Recipe, options: LoadOptions) -> str:
         "dtype": chosen.engine.dtype,
         "seed": options.seed,
         "calibration": calibration,
+        "models": [reference.fingerprint(pipeline.resolve(name, options)) for each in found for name in each.models],
         "versions": host.versions(found),
     }
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

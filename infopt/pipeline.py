@@ -19,7 +19,7 @@ from infopt.data import calibration, lessons
 from infopt.data.calibration import Source
 from infopt.errors import InputError, MissingNeedError, RecipeError
 from infopt.measure import memory
-from infopt.model import load, reference, shapes
+from infopt.model import load, reference, same_tokens, shapes
 from infopt.model.plan import LoadPlan
 from infopt.needs import missing_need
 from infopt.protocols import Context, Engine, Machine, Prediction, Progress, Sampling, Shapes
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 64
 """Length of the text on which a saved model is compared with the one that was made."""
 NATIVE = "native"
-SPARE_TOKENS = 0.01
-"""Share of a model's tokens that one which drafts for it may lack: releases of one tokenizer differ by a few special ones."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -56,6 +54,8 @@ def build_techniques(chosen: Recipe, model_shapes: Shapes, device: str = "auto")
         lacking = missing_need(technique.needs, device)
         if lacking:
             raise MissingNeedError(f"{chosen.place(index)}: {lacking.message}", hint=lacking.hint)
+        for name in technique.models:
+            reference.parse(name)
         technique.cache_dtype, technique.device = chosen.cache.dtype, device
         technique.calibration_tokens = chosen.calibration.samples * chosen.calibration.tokens
         technique.calibration_samples = chosen.calibration.samples
@@ -192,11 +192,17 @@ def build(
         source = resolve(name, options) if name else ref
         return load.load(source, load_plan(chosen, device, trust_remote_code=options.trust_remote_code), progress)
 
+    def open_tokenizer(name: str | None) -> Any:
+        return load.open_tokenizer(resolve(name, options) if name else ref)
+
     def open_engine(name: str | None, sampling: Sampling) -> Engine:
         drawn = Recipe(name="own", sampling=SamplingSection(temperature=sampling.temperature, candidates=sampling.candidates))
         return engine(natively(open_model(name), drawn, device, options, progress), drawn)
 
-    context = Context(options.seed, device, samples, progress, open_model=open_model, open_engine=open_engine)
+    context = Context(
+        options.seed, device, samples, progress,
+        open_model=open_model, open_tokenizer=open_tokenizer, open_engine=open_engine,
+    )  # fmt: skip
     for index, technique in enumerate(storable):
         if index != loading:
             progress(f"applying {chosen.steps[index].name}")
@@ -324,13 +330,10 @@ def _draft(name: str, target: Bundle, step: Any, chosen: Recipe, options: LoadOp
         found = reopen(ref, EngineSection(), "cpu", options, progress)
     else:
         found = load.load(resolve(name, options), load_plan(as_stored(chosen), "cpu"), progress)
-    ours, theirs = target.tokenizer.get_vocab(), found.tokenizer.get_vocab()
-    differing = sum(theirs.get(token, index) != index for token, index in ours.items())
-    missing = len(ours.keys() - theirs.keys())
-    if differing or missing > len(ours) * SPARE_TOKENS:
+    gap = same_tokens.difference(target.tokenizer, found.tokenizer)
+    if gap:
         raise InputError(
-            f"speculative.draft: {name} knows other tokens than the model ({len(theirs)} against {len(ours)}; {differing} "
-            f"have another number, {missing} are not there); allowed: a model with the same vocabulary",
+            f"speculative.draft: {name} knows other tokens than the model ({gap}); allowed: a model with the same vocabulary",
             hint="speculative: {draft: prompt_lookup} needs no second model",
         )
     try:

@@ -163,5 +163,7 @@ class Context:
     """A folder for what lets an interrupted step go on; None keeps nothing."""
     open_model: Callable[[str | None], Any] | None = None
     """Opens another model by its reference, or, given None, the one that the recipe started from, as a bundle of its own."""
+    open_tokenizer: Callable[[str | None], Any] | None = None
+    """Its tokenizer alone."""
     open_engine: Callable[[str | None, Sampling], Engine] | None = None
-    """The same in the fastest engine that runs it here."""
+    """The model in the fastest engine that runs it here."""

@@ -66,11 +66,12 @@ def retention(broken: int, fixed: int, correct_reference: int, total: int, floor
     lead, left = (right / total - floor for right in (correct_reference, correct_reference - broken + fixed))
     if lead <= 0:
         return None
-    both = correct_reference - broken
-    old, new = correct_reference / total, (both + fixed) / total
-    square = normal_quantile(1 - alpha / 2) ** 2 / total
-    v_old, v_new, joint = square * old * (1 - old), square * new * (1 - new), square * (both / total - old * new)
-    a, b, c = lead**2 - v_old, lead * left - joint, left**2 - v_new
+    # An item more in each discordant cell, as for differences, so that no flips at all do not read as certainty.
+    count, both = total + 2, correct_reference - broken
+    old, new = (correct_reference + 1) / count, (both + fixed + 1) / count
+    square = normal_quantile(1 - alpha / 2) ** 2 / count
+    v_old, v_new, joint = square * old * (1 - old), square * new * (1 - new), square * (both / count - old * new)
+    a, b, c = (old - floor) ** 2 - v_old, (old - floor) * (new - floor) - joint, (new - floor) ** 2 - v_new
     if a <= 0:
         return Interval(left / lead)
     half = math.sqrt(max(0.0, b**2 - a * c))

@@ -38,11 +38,13 @@ class Lesson:
 
     @property
     def asked(self) -> str:
-        """What is asked, so that rows can be told apart; white space and case do not count."""
+        """What is asked, so that rows can be told apart: a prompt is the same in a chat of one message."""
         if self.prompt is None:
-            return " ".join((self.text or "").split()).casefold()
-        said = self.prompt.text or "\n".join(f"{each.role}: {each.content}" for each in self.prompt.messages)
-        return " ".join(said.split()).casefold()
+            return self.text or ""
+        if self.prompt.is_raw:
+            return (self.prompt.text or "").strip()
+        messages = self.prompt.messages or (Message("user", self.prompt.text or ""),)
+        return "\n".join(f"{each.role}: {each.content.strip()}" for each in messages)
 
 
 def read_lessons(path: Path) -> tuple[Lesson, ...]:

@@ -19,7 +19,7 @@ import hashlib
 import io
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -188,6 +188,20 @@ class Fingerprint:
             hashes: Hashes = distinct(found.units(length)[0])
             is_whole = len(hashes) <= kept
             sides.append((hashes if is_whole else hashes[:kept], 2**64 - 1 if is_whole else int(hashes[kept - 1])))
+        (long, long_bound), (short, short_bound) = sides
+        return Fingerprint(long, short, long_bound, short_bound)
+
+    @staticmethod
+    def joined(known: Sequence[Fingerprint]) -> Fingerprint:
+        """Of several texts: their runs up to the largest hash that all would hold."""
+        import numpy as np
+
+        sides: list[Any] = []
+        for length in (RUN, SHORT_RUN):
+            parts = [each.side(length) for each in known]
+            bound = min(most for _, most in parts)
+            every = distinct(np.concatenate([hashes for hashes, _ in parts]))
+            sides.append((every[every <= bound], bound))
         (long, long_bound), (short, short_bound) = sides
         return Fingerprint(long, short, long_bound, short_bound)
 

@@ -16,11 +16,6 @@ class Example:
     weights: tuple[float, ...]
 
     @property
-    def first(self) -> int:
-        """The first position whose prediction counts."""
-        return next(index for index, weight in enumerate(self.weights) if weight)
-
-    @property
     def positions(self) -> int:
         """How many predictions count."""
         return sum(weight > 0 for weight in self.weights)
@@ -98,12 +93,6 @@ def batches(examples: Sequence[Example], size: int, epochs: int, seed: int) -> I
 
 #: Batches among which examples are sorted by length.
 SORTED = 16
-
-
-def steps_of(count: int, size: int, epochs: int) -> int:
-    """How many lists `batches` gives for so many examples."""
-    stretch = size * SORTED
-    return epochs * sum(-(-min(stretch, count - i) // size) for i in range(0, count, stretch))
 
 
 def split(count: int, share: float, least: int, seed: int) -> tuple[list[int], list[int]]:

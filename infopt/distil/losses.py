@@ -24,7 +24,7 @@ LEAST = 1e-30
 
 @dataclass(frozen=True)
 class Likeliest:
-    """What is kept of a teacher's distribution at each position, at temperature 1.
+    """What is kept of a teacher's distribution at each position, at one temperature.
 
     `tokens` int64 [positions, k]; `log_probabilities` float32 [positions, k + 1], the last one of all other tokens together.
     """
@@ -39,15 +39,15 @@ class Likeliest:
         return len(self.tokens)
 
     @staticmethod
-    def of(logits: torch.Tensor, count: int) -> Likeliest:
+    def of(logits: torch.Tensor, count: int, temperature: float = 1.0) -> Likeliest:
         """The `count` likeliest of [positions, vocabulary]."""
-        every = logits.float().log_softmax(-1)
+        every = (logits.float() / temperature).log_softmax(-1)
         tokens = every.topk(min(count, logits.shape[-1]), dim=-1).indices
         return Likeliest(tokens, _with_rest(every, tokens))
 
 
 Target = torch.Tensor | Likeliest
-"""The teacher's logits [positions, vocabulary], or what is kept of them."""
+"""The teacher's logits [positions, vocabulary], or what is kept of them at the loss's temperature."""
 
 
 def divergence(
@@ -70,7 +70,7 @@ def divergence(
         wanted = target[part]
         log_q = (logits[part].float() / temperature).log_softmax(-1)
         if isinstance(wanted, Likeliest):
-            value, slope = _against_likeliest(log_q, wanted, kind, temperature)
+            value, slope = _against_likeliest(log_q, wanted, kind)
         else:
             value, slope = _against(log_q, (wanted.float() / temperature).log_softmax(-1), kind)
         total += float((value * shares[part]).sum())
@@ -108,14 +108,9 @@ def _against(log_q: torch.Tensor, log_p: torch.Tensor, kind: Divergence) -> tupl
     return _value(log_p, log_q, kind).sum(-1), q * (d - (q * d).sum(-1, keepdim=True))
 
 
-def _against_likeliest(
-    log_q: torch.Tensor, wanted: Likeliest, kind: Divergence, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same where all other tokens count as one. At T ≠ 1 the teacher's rest is taken to be as likely as it was at T = 1."""
+def _against_likeliest(log_q: torch.Tensor, wanted: Likeliest, kind: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same where all other tokens count as one."""
     log_p = wanted.log_probabilities
-    if temperature != 1:
-        kept, rest = log_p[:, :-1], log_p[:, -1:]
-        log_p = torch.cat([(kept / temperature).log_softmax(-1) + kept.logsumexp(-1, keepdim=True), rest], dim=-1)
     found = _with_rest(log_q, wanted.tokens)
     q = log_q.exp()
     if kind == "forward":

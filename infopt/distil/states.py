@@ -13,7 +13,7 @@ from infopt.distil.examples import Batch
 
 def pairs(student: int, teacher: int) -> list[tuple[int, int]]:
     """(student's block, teacher's block), counted from 0: as far through both (TinyBERT, arXiv 1909.10351, section 3.1)."""
-    return [(block, round((block + 1) * teacher / student) - 1) for block in range(student)]
+    return [(block, max(0, round((block + 1) * teacher / student) - 1)) for block in range(student)]
 
 
 class HiddenStates(nn.Module):

@@ -1,13 +1,15 @@
 """What a teacher says of the examples, computed once and kept on the disk: its likeliest tokens at every position that counts.
 
-A token takes k·6 bytes: int32 numbers and float16 log-probabilities. Training then needs no teacher in memory.
+A token takes 6·k + 2 bytes: int32 numbers, float16 log-probabilities, and that of all others. Training then needs no teacher in
+memory.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -15,7 +17,6 @@ import torch
 from infopt.distil.examples import Batch, Example
 from infopt.distil.losses import Likeliest
 from infopt.distil.students import listening
-from infopt.errors import InputError
 from infopt.model import atomic
 from infopt.protocols import Progress
 
@@ -29,11 +30,8 @@ class Kept:
     def __init__(self, folder: Path, examples: Sequence[Example]) -> None:
         self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self.levels = np.load(folder / "log_probabilities.npy", mmap_mode="r")
-        ends = np.cumsum([0, *(each.positions for each in examples)])
-        self.starts, total = ends[:-1], ends[-1]
         self.lengths = [each.positions for each in examples]
-        if len(self.tokens) != total:
-            raise InputError(f"{folder}: answers to other examples", hint="leave out --resume")
+        self.starts = np.cumsum([0, *self.lengths])
 
     def of(self, batch: Batch) -> Likeliest:
         """In the order of the batch's positions."""
@@ -51,27 +49,49 @@ def keep(
     folder: Path,
     device: torch.device,
     progress: Progress = lambda line: None,
+    *,
+    temperature: float = 1.0,
+    vocabulary: int | None = None,
 ) -> Kept:
-    """Asks the teacher, unless `folder` holds its answers already. Raises DiskFullError."""
-    if not (folder / "tokens.npy").is_file():
-        total = sum(each.positions for each in examples)
-        with atomic.writing(folder, total * count * 6):
-            folder.mkdir(parents=True, exist_ok=True)
-            count = min(count, teacher.config.get_text_config().vocab_size)
-            tokens = np.lib.format.open_memmap(folder / "part-tokens.npy", "w+", np.int32, (total, count))
-            levels = np.lib.format.open_memmap(folder / "log_probabilities.npy", "w+", np.float16, (total, count + 1))
+    """Asks the teacher, unless the folder holds its answers to these very examples already. Raises DiskFullError.
+
+    `vocabulary`: tokens of the student, where the teacher's table has more rows, which stand for none.
+    """
+    place = folder / digest(examples)
+    if (place / "tokens.npy").is_file():
+        return Kept(place, examples)
+    total = sum(each.positions for each in examples)
+    count = min(count, vocabulary or teacher.config.get_text_config().vocab_size)
+    with atomic.writing(folder, total * count * 6):
+        place.mkdir(parents=True, exist_ok=True)
+        # Written in order, not mapped: a mapped file has no place on the disk yet, and one that runs full ends the process.
+        with (place / "part").open("wb") as tokens, (place / "log_probabilities.npy").open("wb") as levels:
+            _header(tokens, np.dtype(np.int32), (total, count))
+            _header(levels, np.dtype(np.float16), (total, count + 1))
             done = 0
             for indices in _grouped(examples):
                 progress(f"the teacher's answers: {done} of {total} tokens")
                 with listening(device):
-                    found = Likeliest.of(logits(teacher, Batch.of(examples, indices, device)), count)
-                part = slice(done, done + len(found))
-                tokens[part], levels[part] = found.tokens.cpu().numpy(), found.log_probabilities.cpu().numpy()
+                    said = logits(teacher, Batch.of(examples, indices, device))[:, :vocabulary]
+                    found = Likeliest.of(said, count, temperature)
+                tokens.write(found.tokens.cpu().numpy().astype(np.int32).tobytes())
+                levels.write(found.log_probabilities.cpu().numpy().astype(np.float16).tobytes())
                 done += len(found)
-            tokens.flush()
-            levels.flush()
-            (folder / "part-tokens.npy").replace(folder / "tokens.npy")
-    return Kept(folder, examples)
+        (place / "part").replace(place / "tokens.npy")
+    return Kept(place, examples)
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Of what is asked, so that no answer is taken for that to another question."""
+    found = hashlib.sha256()
+    for each in examples:
+        found.update(repr((each.ids, each.weights)).encode())
+    return found.hexdigest()[:16]
+
+
+def _header(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, int]) -> None:
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_2_0(file, described)
 
 
 def logits(model: Any, batch: Batch) -> torch.Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,35 +17,35 @@ from infopt.distil.gathering import Gathered
 from infopt.distil.losses import Divergence, Likeliest, Target
 from infopt.distil.students import listening
 from infopt.errors import InputError
+from infopt.model import same_tokens
 from infopt.protocols import Context
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
 
 
-class Signals(Protocol):
-    """The options of `distil` that say what is learned of an example."""
+@dataclass(frozen=True)
+class Signals:
+    """What is learned of an example: the options of `distil` of these names."""
+
+    teacher: str | None = None
+    logits: float = 1.0
+    tokens: float = 0.0
+    hidden: float = 0.0
+    attention: float = 0.0
+    divergence: Divergence = "forward"
+    temperature: float = 1.0
+    likeliest: int | None = 128
+    measure: str = "loss"
 
     @property
-    def teacher(self) -> str | None: ...
+    def is_live(self) -> bool:
+        """Whether the teacher is asked in every step."""
+        return bool(self.hidden or self.attention or (self.logits and self.likeliest is None))
+
     @property
-    def logits(self) -> float: ...
-    @property
-    def tokens(self) -> float: ...
-    @property
-    def hidden(self) -> float: ...
-    @property
-    def attention(self) -> float: ...
-    @property
-    def divergence(self) -> Divergence: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def likeliest(self) -> int | None: ...
-    @property
-    def measure(self) -> str: ...
-    @property
-    def is_live(self) -> bool: ...
+    def has_teacher(self) -> bool:
+        return bool(self.logits or self.hidden or self.attention or self.measure == "agreement")
 
 
 @dataclass
@@ -111,7 +112,8 @@ class Asked:
     def _target(self, batch: Batch, told: Any) -> Target | None:
         if told is not None:
             logits = batch.picked(told.logits)
-            return logits if self.signals.likeliest is None else Likeliest.of(logits, self.signals.likeliest)
+            count = self.signals.likeliest
+            return logits if count is None else Likeliest.of(logits, count, self.signals.temperature)
         return self.kept.of(batch) if self.kept else None
 
     def _loss(self, found: torch.Tensor, target: Target | None, batch: Batch) -> tuple[float, torch.Tensor]:
@@ -136,31 +138,40 @@ class Asked:
         return sum(parts[1:], parts[0]) if parts else None
 
 
-def ask(signals: Signals, bundle: Bundle, learned: Gathered, context: Context) -> Asked:
+@contextmanager
+def asking(signals: Signals, bundle: Bundle, learned: Gathered, context: Context) -> Iterator[Asked]:
     """Opens the teacher and, unless it runs in every step, lets it say all it has to. Raises InputError, DiskFullError."""
     asked = Asked(signals, bundle.model, learned, bundle.device)
-    if not (signals.logits or signals.hidden or signals.attention or signals.measure == "agreement"):
-        return asked
+    if not signals.has_teacher:
+        yield asked
+        return
     assert context.open_model is not None, "a teacher is opened by whoever runs the recipe"
-    opened: Bundle = context.open_model(signals.teacher)
-    _require_same_tokens(bundle, opened, signals.teacher)
-    teacher: Any = opened.model
+    teacher: Any = context.open_model(signals.teacher).model
+    ours, theirs = (each.config.get_text_config() for each in (asked.student, teacher))
     if not signals.is_live:
         folder = context.unfinished / "teacher" if context.unfinished else None
         with _folder(folder) as place:
             asked.kept = targets.keep(
-                teacher, learned.examples, signals.likeliest or 1, Path(place), bundle.device, context.progress
-            )
-        return asked
+                teacher, learned.examples, signals.likeliest or 1, Path(place), bundle.device, context.progress,
+                temperature=signals.temperature, vocabulary=min(ours.vocab_size, theirs.vocab_size),
+            )  # fmt: skip
+        del teacher
+        yield asked
+        return
+    _require_same_rows(ours.vocab_size, theirs.vocab_size)
     asked.teacher = teacher
-    ours, theirs = (each.config.get_text_config() for each in (asked.student, teacher))
     asked.pairs = states.pairs(ours.num_hidden_layers, theirs.num_hidden_layers)
     if signals.hidden:
         asked.states = states.HiddenStates(asked.pairs, ours.hidden_size, theirs.hidden_size, context.seed).to(bundle.device)
+    before = asked.student.config._attn_implementation
     if signals.attention:  # kernels that keep no attention matrix cannot show one
         asked.student.set_attn_implementation("eager")
         teacher.set_attn_implementation("eager")
-    return asked
+    try:
+        yield asked
+    finally:
+        if signals.attention:
+            asked.student.set_attn_implementation(before)
 
 
 def _folder(folder: Path | None) -> AbstractContextManager[Any]:
@@ -168,13 +179,23 @@ def _folder(folder: Path | None) -> AbstractContextManager[Any]:
     return tempfile.TemporaryDirectory(prefix="infopt-teacher-") if folder is None else nullcontext(folder)
 
 
-def _require_same_tokens(student: Bundle, teacher: Bundle, name: str | None) -> None:
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    sizes = tuple(each.model.config.get_text_config().vocab_size for each in (student, teacher))
-    if ours != theirs or sizes[0] != sizes[1]:
-        differing = sum(theirs.get(token) != index for token, index in ours.items())
+def require_same_tokens(bundle: Bundle, context: Context, name: str | None) -> None:
+    """Raises InputError for a teacher to whom ids mean other tokens. No weight of it is read."""
+    assert context.open_tokenizer is not None, "a teacher is opened by whoever runs the recipe"
+    gap = same_tokens.difference(bundle.tokenizer, context.open_tokenizer(name))
+    if gap:
         raise InputError(
-            f"distil.teacher: {name or 'the reference'} knows other tokens than the student ({sizes[1]} against {sizes[0]}; "
-            f"{differing} have another number or are not there); allowed: a teacher with the same tokenizer",
-            hint="learn what it wrote instead, from rows with its answers: tokens: 1, logits: 0",
+            f"distil.teacher: {name or 'the reference'} knows other tokens than the student ({gap}); allowed: a teacher with "
+            "the same tokenizer",
+            hint="let it write answers elsewhere, and learn those as rows: tokens: 1, logits: 0; trim_vocab comes after distil",
+        )
+
+
+def _require_same_rows(ours: int, theirs: int) -> None:
+    """Raises InputError for tables of tokens that are padded to different lengths, which whole distributions cannot have."""
+    if ours != theirs:
+        raise InputError(
+            f"distil: the teacher's table has {theirs} rows, the student's {ours}; allowed: the same number where the teacher is "
+            "asked in every step",
+            hint="likeliest: 128, without hidden and attention",
         )

@@ -24,21 +24,23 @@ from infopt.result import write_atomic
 
 #: Share of the steps in which the learning rate rises; Adam's first averages are of few gradients.
 WARM_UP = 0.05
-#: Longest gradient that a step follows; a longer one is shortened to it.
-LONGEST = 1.0
 #: Times that a run is validated, at even distances.
 VALIDATIONS = 10
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate rises over the first steps, then falls linearly to zero. `patience`: validations without a better one
-    after which it ends; `checkpoint_s`: seconds between checkpoints."""
+    """The learning rate rises over the first steps, then falls linearly to zero.
+
+    `patience`: validations without a better one after which it ends; `checkpoint_s`: seconds between checkpoints; `longest`:
+    gradients that are longer are shortened to it.
+    """
 
     learning_rate: float
     accumulate: int = 1
     patience: int = VALIDATIONS
     checkpoint_s: float = 300.0
+    longest: float = 1.0
 
     def rate(self, step: int, steps: int) -> float:
         """Of step `step`, counted from zero."""
@@ -47,13 +49,12 @@ class Schedule:
 
 @dataclass
 class History:
-    """What happened: [step, loss] of each step, [step, validation loss] of each validation, counted from 1. Lower is better."""
+    """What happened: (step, loss) of each step, (step, validation loss) of each validation, counted from 1. Lower is better."""
 
     steps: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
     best_step: int = 0
-    seconds: float = 0.0
     ended_early: bool = False
 
     @property
@@ -78,10 +79,12 @@ def train(
     schedule: Schedule,
     context: Context,
     name: str,
+    weigh: Callable[[list[int]], float] = len,
 ) -> History:
     """Trains `weights` in place: `accumulate` batches a step. Afterwards they are as they were at the best validation.
 
-    Raises InputError for a loss that is no number, which leaves the last checkpoint where it is; DiskFullError.
+    `weigh`: how much there is to learn in a batch, by which those of a step share it. Raises InputError for a loss or a
+    gradient that is no number, before it reaches the weights, and leaves the last checkpoint where it is; DiskFullError.
     """
     trained = weights.masters
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
@@ -91,15 +94,14 @@ def train(
     if history.steps:
         weights.spread()
         context.progress(f"{name}: going on after step {history.steps} of {len(groups)}")
-    every = max(1, len(groups) // VALIDATIONS)
-    start, saved = time.perf_counter() - history.seconds, time.perf_counter()
-    began, done = time.perf_counter(), history.steps
-    for number in range(history.steps, 0 if history.ended_early else len(groups)):
-        loss = sum(learn(batch, 1 / len(groups[number])) for batch in groups[number]) / len(groups[number])
-        if not math.isfinite(loss):
-            raise _no_number(number + 1, kept, history)
+    every = -(-len(groups) // VALIDATIONS)
+    began, saved, done = time.perf_counter(), time.perf_counter(), history.steps
+    for number in range(done, len(groups)):
+        loss = _learned(groups[number], learn, weigh)
         weights.collect()
-        torch.nn.utils.clip_grad_norm_(trained, LONGEST)
+        length = torch.nn.utils.clip_grad_norm_(trained, schedule.longest)
+        if not (math.isfinite(loss) and bool(length.isfinite())):
+            raise _no_number("loss" if not math.isfinite(loss) else "gradient", number + 1, kept)
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(number, len(groups))
         optimizer.step()
@@ -110,12 +112,14 @@ def train(
         left = (time.perf_counter() - began) / (number + 1 - done) * (len(groups) - number - 1)
         context.progress(f"{name} step {number + 1}/{len(groups)}, loss {loss:.3g}, {units.duration(left)} to go")
         if validate and ((number + 1) % every == 0 or number + 1 == len(groups)):
-            history.validations.append((number + 1, found := validate()))
+            found = validate()
+            if not math.isfinite(found):
+                raise _no_number("validation", number + 1, kept)
+            history.validations.append((number + 1, found))
             context.progress(f"{name} step {number + 1}/{len(groups)}, validation {found:.4g}")
             if found == history.best:
                 history.best_step, best = number + 1, [each.detach().clone() for each in trained]
-            history.ended_early = history.since_best >= schedule.patience
-        history.seconds = time.perf_counter() - start
+            history.ended_early = number + 1 < len(groups) and history.since_best >= schedule.patience
         if history.ended_early:
             break
         if kept and time.perf_counter() - saved >= schedule.checkpoint_s and number + 1 < len(groups):
@@ -128,10 +132,16 @@ def train(
     return history
 
 
-def _no_number(step: int, kept: Checkpoint | None, history: History) -> InputError:
+def _learned(group: Sequence[list[int]], learn: Learn, weigh: Callable[[list[int]], float]) -> float:
+    """The loss of a step, as if its batches were one."""
+    sizes = [weigh(batch) for batch in group]
+    return sum(learn(batch, size / sum(sizes)) * size / sum(sizes) for batch, size in zip(group, sizes, strict=True))
+
+
+def _no_number(what: str, step: int, kept: Checkpoint | None) -> InputError:
     saved = json.loads(kept.record.read_text())["steps"] if kept and kept.record.is_file() else None
     rest = f"; the checkpoint of step {saved} is kept in {kept.folder}" if kept and saved else ""
-    return InputError(f"the loss of step {step} is not a number{rest}", hint="lower learning_rate")
+    return InputError(f"the {what} of step {step} is not a number{rest}", hint="lower learning_rate")
 
 
 class Checkpoint:

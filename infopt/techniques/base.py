@@ -71,6 +71,9 @@ class Technique:
     walks: bool = False
     """True when it brings one decoder block at a time to the device, wherever the model lies. An instance may set its own."""
 
+    models: tuple[str, ...] = ()
+    """References of other models that it reads. An instance sets its own."""
+
     data: str | None = None
     """A file of rows that it learns from. An instance sets its own."""
 

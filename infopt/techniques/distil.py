@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -18,9 +19,12 @@ from infopt.techniques.base import Needs, Options, Technique
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from infopt.distil.gathering import Gathered
+    from infopt.distil.gathering import Gathered, Wanted
     from infopt.distil.students import Weights
+    from infopt.distil.teachers import Signals
     from infopt.model.bundle import Bundle
+
+    P = TypeVar("P", Wanted, Signals)
 
 #: Forward passes that a training step is worth: the student's, its backward pass of two, and as much again for logits and AdamW.
 PASSES = 6
@@ -60,19 +64,18 @@ class DistilOptions(Options):
     def _goes_together(self) -> Self:
         if not self.logits + self.tokens + self.hidden + self.attention:
             raise ValueError("found logits, tokens, hidden and attention 0: nothing is learned; allowed: one of them above 0")
+        try:
+            re.compile(self.answer or "")
+        except re.error as error:
+            raise ValueError(f"found answer: {self.answer!r} ({error}); allowed: a pattern of Python's re") from None
         if self.samples > 1 and not self.answer_temperature:
             raise ValueError(
                 f"found samples: {self.samples} at answer_temperature 0, all of them the same; allowed: 1, or above 0"
             )
-        for name in ("samples", "answer_temperature"):
+        for name in ("samples", "answer_temperature", "answer_tokens"):
             if self.answers == "rows" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"found {name}: {getattr(self, name)} with answers: rows; allowed: answers: teacher")
         return self
-
-    @property
-    def is_live(self) -> bool:
-        """Whether the teacher is asked in every step."""
-        return bool(self.hidden or self.attention or (self.logits and self.likeliest is None))
 
 
 class Distil(Technique):
@@ -131,6 +134,7 @@ class Distil(Technique):
         modules = ("peft", "accelerate") if self.options.train == "lora" else ()
         self.needs = Needs(modules=modules, calibration=self.options.data is None)
         self.data = self.options.data
+        self.models = (self.options.teacher,) if self.options.teacher else ()
 
     def check(self, shapes: Shapes, path: str) -> None:
         from infopt.data.lessons import read_lessons
@@ -149,18 +153,22 @@ class Distil(Technique):
 
         if bundle.packed or bundle.save_config or getattr(bundle.model, "hf_quantizer", None) is not None:
             raise InputError("the model's weights are quantized already", hint="put distil before the step that quantizes")
-        o = self.options
-        learned = gathering.gather(o, bundle, context)
+        o, signals = self.options, self._part(teachers.Signals)
+        if signals.has_teacher or o.answers == "teacher":
+            teachers.require_same_tokens(bundle, context, o.teacher)
+        learned = gathering.gather(self._part(gathering.Wanted), bundle, context)
         schedule = Schedule(o.learning_rate, o.accumulate, o.patience, 60 * o.checkpoint_minutes)
-        # Before the student's weights become float32: a teacher that is asked once is gone by then.
-        asked = teachers.ask(o, bundle, learned, context)
-        with self._trained(bundle.model, context.seed) as weights:
+        # The teacher first: one that is asked once is gone before the student's weights become float32.
+        with teachers.asking(signals, bundle, learned, context) as asked, self._trained(bundle.model, context.seed) as weights:
+            batches = learned.batches(o.batch, o.epochs, context.seed)
             own = weights.beside(asked.projections)
-            history = train(
-                own, learned.batches(o.batch, o.epochs, context.seed), asked.learn, asked.validate, schedule, context, "distil"
-            )
+            history = train(own, batches, asked.learn, asked.validate, schedule, context, "distil", learned.weight)
         context.progress(f"distil: best validation {history.best:.4g} at step {history.best_step}")
         return replace(bundle, files={**bundle.files, **self._report(learned, history)})
+
+    def _part(self, kind: type[P]) -> P:
+        """The options that one part of the work knows, by their names."""
+        return kind(**{each.name: getattr(self.options, each.name) for each in fields(kind)})
 
     @contextmanager
     def _trained(self, model: Any, seed: int) -> Iterator[Weights]:
@@ -198,7 +206,7 @@ class Distil(Technique):
         trained = shapes.parameters
         if o.train == "lora":
             trained = sum(out + inner for out, inner in shapes.linear.values()) * o.rank
-        peak = before.weights_bytes + HELD_BYTES * trained + (before.weights_bytes if o.is_live else 0)
+        peak = before.weights_bytes + HELD_BYTES * trained + before.weights_bytes  # and the teacher's
         rate = machine.read_bytes_per_s
         step = Prediction(before.weights_bytes, max(before.peak_bytes, peak), before.weights_bytes / rate if rate else None)
         # Training multiplies in bfloat16 where that is faster, whatever the model's dtype.

@@ -34,7 +34,7 @@ class Qat(GridTechnique):
     rounding as if it were not there (straight-through), and a float32 master takes the steps. The loss is the KL
     divergence to the model's own logits from before, on the calibration text (distillation, as in LLM-QAT, arXiv
     2305.17888), so no labels are needed. Meant for 3 bits and below. Needs 20 bytes per trained weight beside the
-    model, all of it on one device. The artifact is that of `rtn`. An interrupted run starts over.
+    model, all of it on one device. The artifact is that of `rtn`. An interrupted run goes on from its last checkpoint.
 
     bits           2, 3, 4 or 8 per weight, default 4.
     group_size     input features that share a scale, ≥ 8, default 64; must divide every layer's inputs. null: per row.
@@ -51,7 +51,7 @@ class Qat(GridTechnique):
     options: QatOptions
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
-        from infopt.calibrate.distillation import Schedule, distill
+        from infopt.distil.self_teaching import Course, teach_itself
         from infopt.layers import packing
         from infopt.layers.student_linear import StudentLinear, teaching
 
@@ -65,8 +65,8 @@ class Qat(GridTechnique):
         for name, student in students.items():
             bundle.model.set_submodule(name, student)
         masters = [student.weight for student in students.values()]
-        schedule = Schedule(o.epochs, o.batch, o.learning_rate)
-        distill(bundle.model, masters, lambda: teaching(students.values()), schedule, context, "qat")
+        course = Course(o.epochs, o.batch, o.learning_rate)
+        teach_itself(bundle.model, masters, lambda: teaching(students.values()), course, context, "qat")
         packed = {}
         for name in list(students):
             student = students.pop(name)

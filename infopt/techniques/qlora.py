@@ -86,7 +86,7 @@ class Qlora(Technique):
             raise RecipeError(f"{path}.rank", f"found {self.options.rank}; allowed: 1 … {smallest}, the smallest layer's side")
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
-        from infopt.calibrate.distillation import Schedule, distill
+        from infopt.distil.self_teaching import Course, teach_itself
         from infopt.layers import normal_float, packing
         from infopt.layers.student_linear import StudentLinear, teaching
 
@@ -106,7 +106,7 @@ class Qlora(Technique):
 
         if o.epochs:
             trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-            distill(adapted, trained, teacher, Schedule(o.epochs, o.batch, o.learning_rate), context, "qlora")
+            teach_itself(adapted, trained, teacher, Course(o.epochs, o.batch, o.learning_rate), context, "qlora")
         if o.keep == "beside":
             return self._beside(bundle, adapted, students)
         model = adapted.merge_and_unload(safe_merge=True)

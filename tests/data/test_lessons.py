@@ -47,9 +47,9 @@ def test_every_form_of_row(tmp_path: Path) -> None:
 
 
 def test_prompts_are_told_apart_by_what_they_say(tmp_path: Path) -> None:
-    first, second = {"prompt": "Is  water wet?", "response": "a"}, {"prompt": "is water WET?", "response": "b"}
-    rows = read_lessons(written(tmp_path, first, second))
-    assert rows[0].asked == rows[1].asked
+    chat = {"messages": [{"role": "user", "content": "Is it?"}], "response": "b"}
+    rows = read_lessons(written(tmp_path, {"prompt": "Is it? ", "response": "a"}, chat, {"prompt": "is IT?", "response": "c"}))
+    assert rows[0].asked == rows[1].asked != rows[2].asked
 
 
 @pytest.mark.parametrize(

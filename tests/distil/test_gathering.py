@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,17 +16,22 @@ from infopt.data.lessons import Lesson
 from infopt.data.prompts import Prompt
 from infopt.distil import gathering
 from infopt.distil.examples import Example
-from infopt.distil.gathering import Answered, apart, encode, gather, sift, wrong
+from infopt.distil.gathering import Answered, Thrown, Wanted, apart, gather, sift, wrong
+from infopt.distil.spelling import Spelling
 from infopt.errors import InputError
 from infopt.model import load, reference
 from infopt.model.bundle import Bundle
 from infopt.protocols import Context, Request, Sampling, Trace
-from infopt.techniques.distil import DistilOptions
 
 
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
     return load.load(reference.parse("tiny"))
+
+
+@pytest.fixture(scope="module")
+def spelling(bundle: Bundle) -> Spelling:
+    return Spelling.of(bundle)
 
 
 def row(prompt: str, response: str, where: str = "rows.jsonl:1", **expect: Any) -> Answered:
@@ -43,20 +49,24 @@ def row(prompt: str, response: str, where: str = "rows.jsonl:1", **expect: Any) 
         (row("a", "Yes.", choice=("yes", "no")), None),
         (row("a", "{", json=True), "breaks json"),
         (row("a", "13", exact="11"), "breaks exact"),
+        (row("a", "one two", max_tokens=7), None),
+        (row("a", "one two", max_tokens=6), "breaks max_tokens"),
+        (replace(row("a", "one two", max_tokens=6), ids=(9, 9, 2)), None),
         (replace(row("a", "yes"), votes=("yes", "yes", "no")), None),
         (replace(row("a", "yes"), votes=("yes", "no")), "no majority"),
         (replace(row("a", "yes"), votes=(None, None, "yes")), "no majority"),
     ],
 )
-def test_what_is_not_worth_learning(answered: Answered, reason: str | None) -> None:
-    assert wrong(answered) == reason
+def test_what_is_not_worth_learning(answered: Answered, reason: str | None, spelling: Spelling) -> None:
+    assert wrong(answered, spelling) == reason
 
 
-def test_contradictions_and_duplicates_go_whatever_their_order() -> None:
-    rows = [row("a", "yes", "f:1"), row("b", "no", "f:2"), row("A ", "no", "f:3"), row("b", "No", "f:4"), row("c", "x", "f:5")]
+def test_contradictions_and_duplicates_go_whatever_their_order(spelling: Spelling) -> None:
+    rows = [row("a", "yes", "f:1"), row("b", "no", "f:2"), row("a ", "no", "f:3"), row("b", "No", "f:4"), row("A", "x", "f:5")]
     for order in (rows, rows[::-1]):
-        kept, thrown = sift(order)
-        assert sorted(each.lesson.asked for each in kept) == ["b", "c"]
+        thrown: Thrown = {}
+        kept = sift(order, spelling, thrown)
+        assert sorted(each.lesson.asked for each in kept) == ["A", "b"]
         assert sorted(where for where, _ in thrown["contradiction"]) == ["f:1", "f:3"]
         assert len(thrown["duplicate"]) == 1
 
@@ -68,21 +78,54 @@ def test_the_answer_is_told_from_what_comes_before() -> None:
         assert apart(text, pattern) == (None, text)
 
 
-def test_answers_end_and_prompts_are_not_learned(bundle: Bundle) -> None:
-    made = encode(row("Ask", "yes"), None, bundle)
-    end = bundle.tokenizer.eos_token_id
+def first(made: Example) -> int:
+    return next(index for index, weight in enumerate(made.weights) if weight)
+
+
+def test_answers_end_and_prompts_are_not_learned(bundle: Bundle, spelling: Spelling) -> None:
+    made = spelling.example(row("Ask", "yes").lesson, "yes", None)
     assert bundle.tokenizer.decode(list(made.ids)[: len("Ask")]) == "Ask"
-    assert made.ids[-1] == end
-    assert made.positions == len(made.ids) - made.first - 1 == 4
+    assert made.ids[-1] == bundle.tokenizer.eos_token_id
+    assert made.positions == len(made.ids) - first(made) - 1 == 4
+
+
+def test_a_chat_ends_as_its_template_ends_it(bundle: Bundle) -> None:
+    """The token of a turn's end, where engines stop at it, and not that of a text's."""
+    tokenizer = copy.deepcopy(bundle.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}<turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    turn = tokenizer.convert_tokens_to_ids("<turn>")
+    lesson = Lesson("f:1", prompt=Prompt("p", text="Ask"), response="yes")
+    for ends, wanted in ((frozenset({turn, 2}), turn), (frozenset({2}), tokenizer.eos_token_id)):
+        made = Spelling(tokenizer, ends, 1000).example(lesson, "yes", None)
+        assert made.ids[-1] == wanted
+        assert str(tokenizer.decode(list(made.ids[:-1]))) == "user:Ask<turn>\nassistant:yes"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0, None])
-def test_reasons_have_their_share_of_the_loss(share: float | None, bundle: Bundle) -> None:
-    made = encode(replace(row("Ask", "yes"), rationale="because"), share, bundle)
+def test_reasons_have_their_share_of_the_loss(share: float | None, spelling: Spelling) -> None:
+    made = spelling.example(row("Ask", "yes").lesson, "yes", "because", share=share)
     reason = len("because\n")
     learned = made.weights[-(reason + 4) :]
     assert sum(learned) == pytest.approx(reason + 4)
     assert sum(learned[:reason]) / sum(learned) == pytest.approx(reason / (reason + 4) if share is None else share)
+
+
+def test_what_a_teacher_wrote_is_learned_token_by_token(bundle: Bundle, spelling: Spelling) -> None:
+    own = (*bundle.tokenizer("So 4.  A: 4", add_special_tokens=False)["input_ids"], 2)
+    rationale, response = apart("So 4.  A: 4", r"A: \d+")
+    made = spelling.example(row("Ask", "yes").lesson, response, rationale, own, 0.0)
+    assert made.ids[-len(own) :] == own
+    assert made.weights[-len(own) :] == pytest.approx((0.0,) * 7 + (12 / 5,) * 5)
+
+
+def test_reasons_are_told_apart_in_rows_too(bundle: Bundle, tmp_path: Path) -> None:
+    data = written(tmp_path, {"prompt": "a", "response": "Since A: 3"}, {"prompt": "b", "response": "A: 4"})
+    found = gather(Wanted(data=data, answer=r"A: \d", rationale=0.0), bundle, Context())
+    assert {each.positions for each in found.examples} == {5}
 
 
 class Teacher:
@@ -121,7 +164,7 @@ def test_a_teacher_answers_and_its_answers_are_sifted(bundle: Bundle, tmp_path: 
     }  # fmt: skip
     teacher, opened = Teacher(bundle, said), []
     data = written(tmp_path, *({"prompt": f"The {name}?", "expect": {"choice": ["yes", "no"]}} for name in said))
-    options = DistilOptions(data=data, answers="teacher", samples=3, answer_temperature=1.0, answer_tokens=9, teacher="big")
+    options = Wanted(data=data, answers="teacher", samples=3, answer_temperature=1.0, answer_tokens=9, teacher="big")
     context = Context(seed=5, open_engine=lambda name, sampling: opened.append((name, sampling)) or teacher)
     found = gather(options, bundle, context)
     assert opened == [("big", Sampling(temperature=1.0, candidates=3))]
@@ -140,26 +183,57 @@ def test_a_teacher_answers_and_its_answers_are_sifted(bundle: Bundle, tmp_path: 
 def test_without_the_filter_everything_is_learned(bundle: Bundle, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "response": "maybe", "expect": {"choice": ["yes"]}}, {"prompt": "b", "response": "yes"}]
     data = written(tmp_path, *rows, {"prompt": "b", "response": "no"})
-    assert len(gather(DistilOptions(data=data, filter=False), bundle, Context()).examples) == 3
+    assert len(gather(Wanted(data=data, filter=False), bundle, Context()).examples) == 3
     with pytest.raises(InputError, match=r"0 prompts or texts are left, .* thrown away: 1 breaks choice, 2 contradiction"):
-        gather(DistilOptions(data=data), bundle, Context())
+        gather(Wanted(data=data), bundle, Context())
 
 
 def test_no_prompt_is_on_both_sides(bundle: Bundle, tmp_path: Path) -> None:
     data = written(tmp_path, *({"prompt": f"p{number % 10}", "response": f"r{number}"} for number in range(40)))
     for seed in range(5):
-        found = gather(DistilOptions(data=data, filter=False, validation=0.3), bundle, Context(seed=seed))
-        asked = [{found.examples[i].ids[: found.examples[i].first + 1] for i in side} for side in (found.train, found.validation)]
+        found = gather(Wanted(data=data, filter=False, validation=0.3), bundle, Context(seed=seed))
+        asked = [
+            {found.examples[i].ids[: first(found.examples[i]) + 1] for i in side} for side in (found.train, found.validation)
+        ]
         assert len(asked[0]) == 7
         assert not asked[0] & asked[1]
         assert len(found.validation) == 12
         assert sorted(i for batch in found.batches(3, 2, seed) for i in batch) == sorted(found.train * 2)
 
 
+def test_a_prompt_and_a_chat_that_say_the_same_are_on_one_side(bundle: Bundle, tmp_path: Path) -> None:
+    chats = [{"messages": [{"role": "user", "content": f"p{number}"}], "response": f"r{number}"} for number in range(8)]
+    data = written(tmp_path, *chats, *({"prompt": f"P{number} ", "response": f"r{number}"} for number in range(8)))
+    found = gather(Wanted(data=data, filter=False, validation=0.5), bundle, Context())
+    for side in (found.train, found.validation):
+        assert sorted(index % 8 for index in side) == sorted(2 * [*{index % 8 for index in side}])
+
+
+def test_what_a_teacher_wrote_is_kept_for_a_run_that_goes_on(bundle: Bundle, tmp_path: Path) -> None:
+    data = written(tmp_path, *({"prompt": f"The {name}?"} for name in ("first", "second", "third")))
+    teacher = Teacher(bundle, {"first": ["a"], "second": ["b"], "third": ["c"]})
+    wanted = Wanted(data=data, answers="teacher")
+    made = gather(wanted, bundle, Context(open_engine=lambda name, sampling: teacher, unfinished=tmp_path / "unfinished"))
+    assert gather(wanted, bundle, Context(unfinished=tmp_path / "unfinished")) == made
+
+
+def test_what_asks_nothing_and_prompts_that_are_too_long_are_not_asked(bundle: Bundle, tmp_path: Path) -> None:
+    most = bundle.model.config.max_position_embeddings
+    rows = [{"text": "a text"}, {"prompt": "x" * most}, {"prompt": "The first?"}, {"prompt": "The second?"}]
+    teacher = Teacher(bundle, {"first": ["a"], "second": ["b"]})
+    context = Context(open_engine=lambda name, sampling: teacher)
+    found = gather(Wanted(data=written(tmp_path, *rows), answers="teacher"), bundle, context)
+    assert {reason: len(rows) for reason, rows in found.thrown.items()} == {
+        "asks nothing": 1,
+        "longer than the model's context": 1,
+    }
+    assert len(teacher.asked) == 2
+
+
 def test_rows_longer_than_the_context_are_thrown_away(bundle: Bundle, tmp_path: Path) -> None:
     most = bundle.model.config.max_position_embeddings
     data = written(tmp_path, {"text": "x" * (most + 5)}, {"text": "short"}, {"text": "also"})
-    found = gather(DistilOptions(data=data), bundle, Context())
+    found = gather(Wanted(data=data), bundle, Context())
     assert list(found.thrown) == ["longer than the model's context"]
     assert len(found.examples) == 2
 
@@ -173,7 +247,7 @@ def test_a_teacher_goes_on_from_calibration_text(bundle: Bundle) -> None:
     teacher = GoesOn(bundle, {})
     windows = tuple(tuple(range(5 + i, 25 + i)) for i in range(20))
     context = Context(seed=3, calibration_ids=windows, open_engine=lambda name, sampling: teacher)
-    found = gather(DistilOptions(answers="teacher", answer_tokens=3), bundle, context)
+    found = gather(Wanted(answers="teacher", answer_tokens=3), bundle, context)
     assert found.examples == [Example.of_answer(window[:5], (window[4], 7, 8)) for window in windows]
     assert [request.seed for request in teacher.asked] == list(range(3, 23))
     assert all(request.ignore_eos and request.max_new_tokens == 3 for request in teacher.asked)
@@ -182,7 +256,7 @@ def test_a_teacher_goes_on_from_calibration_text(bundle: Bundle) -> None:
 
 def test_calibration_text_is_learned_whole(bundle: Bundle) -> None:
     windows = tuple(tuple(range(5 + i, 25 + i)) for i in range(10))
-    found = gather(DistilOptions(), bundle, Context(calibration_ids=windows))
+    found = gather(Wanted(), bundle, Context(calibration_ids=windows))
     assert found.examples == [Example.of_text(window) for window in windows]
     assert len(found.validation) == 1
     assert found.summary()["tokens"] == 9 * 19

@@ -56,15 +56,16 @@ def test_divergences_of_whole_distributions(kind: Divergence, temperature: float
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_other_tokens_count_as_one(kind: Divergence) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_all_other_tokens_count_as_one(kind: Divergence, temperature: float) -> None:
     z, target = logits(3).requires_grad_(), logits(4)
-    kept = Likeliest.of(target, 5)
-    p = target.softmax(-1).gather(1, kept.tokens)
+    kept = Likeliest.of(target, 5, temperature)
+    p = (target / temperature).softmax(-1).gather(1, kept.tokens)
     p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1)
     torch.testing.assert_close(kept.log_probabilities.double(), p.log(), rtol=1e-4, atol=1e-5)
-    q = z.softmax(-1).gather(1, kept.tokens)
+    q = (z / temperature).softmax(-1).gather(1, kept.tokens)
     log_q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1).log()
-    compare(divergence(z.detach(), kept, kind), of_probabilities(log_q, p, kind).mean(), z)
+    compare(divergence(z.detach(), kept, kind, temperature), of_probabilities(log_q, p, kind).mean() * temperature**2, z)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,12 +83,13 @@ def test_keeping_less_never_adds_divergence_and_keeping_all_loses_none(kind: Div
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_distribution_has_no_divergence(kind: Divergence) -> None:
-    z = logits(5).float()
-    for target in (z, Likeliest.of(z, 7)):
-        value, gradient = divergence(z, target, kind)
-        assert value == pytest.approx(0, abs=1e-6)
-        assert gradient.abs().max() < 1e-7
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_same_distribution_has_no_divergence(kind: Divergence, temperature: float) -> None:
+    z = logits(5, 20, 5000).float()
+    for target in (z, Likeliest.of(z, 7, temperature)):
+        value, gradient = divergence(z, target, kind, temperature)
+        assert value == pytest.approx(0, abs=1e-5)
+        assert gradient.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -104,7 +104,11 @@ def build() -> Build:
         from infopt.model.plan import LoadPlan
 
         plan = technique.plan(LoadPlan(dtype=dtype))
-        context = Context(calibration_ids=CALIBRATION, open_model=lambda name: load.load(reference.parse(name or str(model))))
+        context = Context(
+            calibration_ids=CALIBRATION,
+            open_model=lambda name: load.load(reference.parse(name or str(model))),
+            open_tokenizer=lambda name: load.open_tokenizer(reference.parse(name or str(model))),
+        )
         return technique.apply(load.load(reference.parse(str(model)), plan), context)
 
     return bundle

@@ -197,6 +197,9 @@ def test_apply_uses_the_context_it_is_given(name: str, make: Make) -> None:
 
     technique, lines = make(name), []
     opened = partial(load.load, reference.parse("tiny"))
-    context = Context(calibration_ids=CALIBRATION, progress=lines.append, open_model=lambda name: opened())
+    context = Context(
+        calibration_ids=CALIBRATION, progress=lines.append,
+        open_model=lambda name: opened(), open_tokenizer=lambda name: opened().tokenizer,
+    )  # fmt: skip
     technique.apply(load.load(reference.parse("tiny"), technique.plan(LoadPlan())), context)
     assert all("\n" not in line for line in lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,17 +17,17 @@ import pytest
 import torch
 from stub_techniques import CALIBRATION, chosen
 
-from infopt import optimize, pipeline
+from infopt import leakage, optimize, pipeline
+from infopt.arms import ArmSpec
 from infopt.distil import states
 from infopt.distil.examples import Batch, Example
-from infopt.distil.gathering import gather
+from infopt.distil.gathering import Wanted, gather
 from infopt.distil.losses import divergence
 from infopt.errors import InputError, RecipeError
 from infopt.model import load, reference, save, shapes
 from infopt.model.bundle import Bundle
 from infopt.protocols import Context
-from infopt.settings import LoadOptions
-from infopt.techniques.distil import DistilOptions
+from infopt.settings import LoadOptions, QualitySettings
 
 Make = Callable[..., Any]
 IDS = torch.tensor(CALIBRATION)
@@ -37,8 +38,8 @@ def opened(name: str | None = None) -> Bundle:
     return load.load(reference.parse(name or "tiny"))
 
 
-def context(**named: Any) -> Context:
-    return Context(calibration_ids=CALIBRATION, open_model=opened, **named)
+def context(open_model: Callable[[str | None], Bundle] = opened) -> Context:
+    return Context(calibration_ids=CALIBRATION, open_model=open_model, open_tokenizer=lambda name: open_model(name).tokenizer)
 
 
 def harmed(name: str = "tiny", strength: float = 2.0) -> Bundle:
@@ -91,7 +92,7 @@ def test_every_architecture_and_dtype_loads_back(kind: str, dtype: str, make: Ma
     from infopt.model.plan import LoadPlan
 
     bundle = load.load(reference.parse(kind), LoadPlan(dtype=dtype))
-    bundle = make("distil", epochs=1).apply(bundle, Context(calibration_ids=CALIBRATION, open_model=lambda name: opened(kind)))
+    bundle = make("distil", epochs=1).apply(bundle, context(lambda name: opened(kind)))
     assert str(bundle.model.dtype) == f"torch.{dtype}"
     save.save(bundle, tmp_path / "saved")
     assert (logits(opened(str(tmp_path / "saved"))) - logits(bundle)).abs().max() < 1e-5
@@ -130,7 +131,7 @@ def test_agreement_is_the_share_of_tokens_that_speculation_keeps(
 
 
 def _trained(seed: int) -> list[int]:
-    return gather(DistilOptions(validation=0.99), opened(), Context(seed=seed, calibration_ids=CALIBRATION)).train
+    return gather(Wanted(validation=0.99), opened(), Context(seed=seed, calibration_ids=CALIBRATION)).train
 
 
 def test_a_narrower_student_learns_hidden_states_through_a_matrix() -> None:
@@ -180,6 +181,9 @@ def test_attention_of_the_same_model_has_no_distance(make: Make) -> None:
         ({"samples": 3}, "samples: 3 at answer_temperature 0"),
         ({"samples": 3, "answer_temperature": 1.0}, "with answers: rows"),
         ({"data": "no-such.jsonl"}, "no such file"),
+        ({"answer_tokens": 4}, "answer_tokens: 4 with answers: rows"),
+        ({"answer": "("}, "allowed: a pattern of Python's re"),
+        ({"teacher": "./no-such-folder"}, "no-such-folder"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:
@@ -195,11 +199,35 @@ def test_rows_without_a_response_want_a_teacher(tmp_path: Path) -> None:
         pipeline.build_techniques(chosen({"distil": {"data": str(path)}}), shapes.shapes(reference.parse("tiny")))
 
 
-def test_teachers_with_other_tokens_are_refused(make: Make, tmp_path: Path) -> None:
+def test_teachers_with_other_tokens_are_refused(make: Make) -> None:
+    student = opened()
+    student.tokenizer.add_tokens([f"<{number}>" for number in range(5)])  # more than releases of one tokenizer differ by
+    with pytest.raises(
+        InputError, match=r"distil.teacher: big knows other tokens than the student \(3\d\d against 3\d\d; 0 have"
+    ):
+        make("distil", teacher="big").apply(student, context())
+
+
+def test_teachers_of_answers_with_other_tokens_are_refused_before_they_write(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(ROWS, encoding="utf-8")
     other = opened()
+    other.tokenizer.add_tokens([f"<{number}>" for number in range(3)])
     other.tokenizer.add_tokens(["<other>"])
-    with pytest.raises(InputError, match=r"distil.teacher: big knows other tokens than the student"):
-        make("distil", teacher="big").apply(opened(), Context(calibration_ids=CALIBRATION, open_model=lambda name: other))
+    technique = make("distil", data=str(path), answers="teacher", logits=0.0, tokens=1.0)
+    with pytest.raises(InputError, match=r"distil.teacher: the reference knows other tokens"):
+        technique.apply(other, context())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_is_as_it_was_afterwards(dtype: str, make: Make, logits: Any, tmp_path: Path) -> None:
+    from infopt.model.plan import LoadPlan
+
+    bundle = load.load(reference.parse("tiny"), LoadPlan(dtype=dtype))
+    bundle = make("distil", attention=1.0).apply(bundle, context())
+    assert bundle.model.config._attn_implementation == "sdpa"
+    save.save(bundle, tmp_path / "saved")
+    assert (logits(opened(str(tmp_path / "saved"))) - logits(bundle)).abs().max() < 1e-5
 
 
 def test_quantized_students_are_refused(make: Make, build: Callable[..., Bundle]) -> None:
@@ -238,6 +266,36 @@ def test_other_rows_are_another_artifact(tmp_path: Path) -> None:
             optimize.build_key(pipeline.resolve("tiny", LoadOptions()), chosen({"distil": {"data": str(path)}}), LoadOptions())
         )
     assert len(keys) == 2
+
+
+def test_another_teacher_is_another_artifact(tmp_path: Path) -> None:
+    keys = set()
+    for step in ({"count": 0}, {"count": 1}):
+        teacher = tmp_path / "teacher"
+        shutil.rmtree(teacher, ignore_errors=True)
+        optimize.optimize("tiny", chosen({"drop_layers": step}, calibration={"samples": 2, "tokens": 64}), teacher, LoadOptions())
+        learns = chosen({"distil": {"teacher": str(teacher)}})
+        keys.add(optimize.build_key(pipeline.resolve("tiny", LoadOptions()), learns, LoadOptions()))
+    assert len(keys) == 2
+
+
+def test_what_its_teacher_has_seen_counts_as_seen(tmp_path: Path) -> None:
+    from infopt.data import choices
+
+    item = choices.bundled_choices(1)[0]
+    seen, neutral = tmp_path / "seen.jsonl", tmp_path / "neutral.jsonl"
+    seen.write_text(ROWS + json.dumps({"prompt": item.question, "response": item.choices[item.answer]}) + "\n", encoding="utf-8")
+    neutral.write_text(ROWS, encoding="utf-8")
+    taught = chosen({"distil": {"data": str(seen), "logits": 0.0, "tokens": 1.0}})
+    optimize.optimize("tiny", taught, tmp_path / "teacher", LoadOptions(allow_leakage=True))
+    student = chosen({"distil": {"data": str(neutral), "teacher": str(tmp_path / "teacher")}})
+    with pytest.raises(InputError, match="multiple-choice items share passages in 1 of"):
+        optimize.optimize("tiny", student, tmp_path / "out", LoadOptions())
+    document = optimize.optimize("tiny", student, tmp_path / "out", LoadOptions(allow_leakage=True))
+    assert document.leaks
+    (tmp_path / "teacher" / "calibration_runs.npy").unlink()
+    spec = ArmSpec("student", str(tmp_path / "out"), student, is_artifact=True)
+    assert leakage.found(spec, QualitySettings(choice_items=1))
 
 
 def test_rows_that_the_model_is_judged_by_are_refused(tmp_path: Path) -> None:

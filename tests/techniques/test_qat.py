@@ -12,8 +12,9 @@ import pytest
 import torch
 from stub_techniques import CALIBRATION
 
-from infopt.calibrate import distillation
-from infopt.calibrate.distillation import Schedule, distill, divergence
+from infopt.distil import self_teaching
+from infopt.distil.losses import divergence
+from infopt.distil.self_teaching import Course, teach_itself
 from infopt.errors import InputError, RecipeError
 from infopt.layers import packing
 from infopt.layers.grid import Grid
@@ -57,19 +58,6 @@ def test_the_teacher_leaves_when_something_breaks() -> None:
     assert not student.is_teacher
 
 
-def test_the_loss_and_its_gradient_are_those_of_autograd() -> None:
-    made = torch.Generator().manual_seed(0)
-    wanted, logits = (3 * torch.randn(700, 50, generator=made, dtype=torch.float64) for _ in range(2))  # several chunks
-    logits.requires_grad_()
-    expected = torch.nn.functional.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True)
-    expected.backward()  # type: ignore[no-untyped-call]
-    loss, gradient = divergence(logits.detach(), wanted)
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    assert logits.grad is not None
-    torch.testing.assert_close(gradient, logits.grad, rtol=1e-4, atol=1e-8)
-    assert divergence(wanted, wanted)[0] == pytest.approx(0, abs=1e-6)
-
-
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_gradients_are_not_lost_in_float16(is_fast: bool, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     gradients: list[torch.Tensor] = []
@@ -79,23 +67,13 @@ def test_gradients_are_not_lost_in_float16(is_fast: bool, make: Make, monkeypatc
         gradients.append(found[1])
         return found
 
-    monkeypatch.setattr(distillation, "_has_fast_bfloat16", lambda device: is_fast)
-    monkeypatch.setattr(distillation, "divergence", seen)
+    monkeypatch.setattr(self_teaching, "has_fast_bfloat16", lambda device: is_fast)
+    monkeypatch.setattr(self_teaching, "divergence", seen)
     bundle = load.load(reference.parse("tiny"), LoadPlan(dtype="float16"))
     context = Context(calibration_ids=CALIBRATION[:1])
     make("qat", epochs=1).apply(bundle, context)
     assert gradients[0].dtype == torch.bfloat16
     assert bundle.model.dtype == torch.float16
-
-
-def test_the_learning_rate_rises_and_falls_to_zero() -> None:
-    schedule = Schedule(epochs=3, batch=4, learning_rate=0.5)
-    assert schedule.steps(10) == 9
-    rates = [schedule.rate(step, 200) for step in range(200)]
-    assert rates[0] < rates[5] < rates[9]
-    assert max(rates) == pytest.approx(0.5, rel=0.06)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert 0 < rates[-1] < 0.01
 
 
 def divergence_from(bundle: Bundle, ids: torch.Tensor, original: Bundle) -> float:
@@ -177,8 +155,8 @@ def test_needs_text_and_a_loss_that_is_a_number(make: Make, tiny_bundle: Bundle)
     weight = model.lm_head.weight
     weight.data[5] = math.nan
     with pytest.raises(InputError, match="loss of step 1 is not a number") as caught:
-        distill(
-            model, [weight.requires_grad_()], lambda: teaching([]), Schedule(1, 1, 1e-3), Context(calibration_ids=CALIBRATION), ""
+        teach_itself(
+            model, [weight.requires_grad_()], lambda: teaching([]), Course(1, 1, 1e-3), Context(calibration_ids=CALIBRATION), ""
         )
     assert caught.value.hint == "lower learning_rate"
 

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from stub_techniques import CALIBRATION
 
-from infopt.calibrate.distillation import divergence
+from infopt.distil.losses import divergence
 from infopt.errors import InputError, RecipeError
 from infopt.export.source import open_source
 from infopt.layers import normal_float

@@ -1,0 +1,90 @@
+"""How a model's tokens spell rows: prompts as it is asked, answers with the end that it gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from infopt.data import prompts
+from infopt.data.prompts import Message
+from infopt.distil.examples import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from infopt.data.lessons import Lesson
+    from infopt.data.prompts import Prompt
+    from infopt.model.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """`ends`: tokens at which engines take an answer to be over; `context`: tokens that the model can read."""
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]
+    context: int
+
+    @staticmethod
+    def of(bundle: Bundle) -> Spelling:
+        config, generation = bundle.model.config, getattr(bundle.model, "generation_config", None)
+        said: Any = getattr(generation, "eos_token_id", None)
+        named = said if isinstance(said, list | tuple) else [said]
+        ends = {int(each) for each in (*named, bundle.tokenizer.eos_token_id) if each is not None}
+        context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        return Spelling(bundle.tokenizer, frozenset(ends), context)
+
+    def ids(self, text: str) -> list[int]:
+        return [int(token) for token in self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+    def without_end(self, ids: Sequence[int]) -> list[int]:
+        kept = list(ids)
+        while kept and kept[-1] in self.ends:
+            kept.pop()
+        return kept
+
+    def example(
+        self, lesson: Lesson, response: str, rationale: str | None, own: Sequence[int] = (), share: float | None = None
+    ) -> Example:
+        """`own`: the answer's tokens, rationale and end included, where a model wrote them: they are learned as they are.
+
+        `share`: of the rationale in the loss; None counts every token alike.
+        """
+        if lesson.prompt is None:
+            ids = [int(token) for token in self.tokenizer(response, verbose=False)["input_ids"]]
+            end = self.tokenizer.eos_token_id
+            return Example.of_text(ids if end is None else [*ids, int(end)])
+        prompt = prompts.encode(lesson.prompt, self.tokenizer)
+        if own:
+            reason = self._until(own, len(rationale)) if rationale else 0
+            return Example.of_answer(prompt, own, _weights(reason, len(own), share))
+        before = [] if rationale is None else self.ids(rationale if rationale[-1:].isspace() else f"{rationale}\n")
+        answer = [*before, *self.ids(response), *self._end(lesson.prompt)]
+        return Example.of_answer(prompt, answer, _weights(len(before), len(answer), share))
+
+    def _until(self, ids: Sequence[int], characters: int) -> int:
+        """How many tokens spell so many characters, one that goes beyond them not counted."""
+        spelled = (str(self.tokenizer.decode(list(ids[: count + 1]), skip_special_tokens=True)) for count in range(len(ids)))
+        return sum(1 for _ in takewhile(lambda text: len(text) <= characters, spelled))
+
+    def _end(self, prompt: Prompt) -> list[int]:
+        """What ends an answer: in a chat the token that its template puts there, else that of a text."""
+        end = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
+        if prompt.is_raw or not self.tokenizer.chat_template:
+            return end
+        asked = prompt.messages or (Message("user", prompt.text or ""),)
+        opened = prompts.render(asked, self.tokenizer, prompt.where, is_open=True)
+        whole = prompts.render((*asked, Message("assistant", "x")), self.tokenizer, prompt.where, is_open=False)
+        if not whole.startswith(f"{opened}x"):
+            return end
+        closing = self.ids(whole[len(opened) + 1 :])
+        return closing[:1] if closing and closing[0] in self.ends else end
+
+
+def _weights(reason: int, total: int, share: float | None) -> list[float]:
+    """One for each token of an answer, of which the first `reason` are why; their mean is 1."""
+    if share is None or not 0 < reason < total:
+        return [1.0] * total
+    return [share * total / reason] * reason + [(1 - share) * total / (total - reason)] * (total - reason)
