@@ -34,7 +34,7 @@ from infopt.arms import ArmSpec
 from infopt.artifact import read_artifact
 from infopt.data import choices, texts
 from infopt.model import checkpoint, load
-from infopt.protocols import Request
+from infopt.protocols import Request, Trace
 from infopt.quality import fidelity, tasks
 from infopt.sections import EngineSection, Speculative
 from infopt.settings import LoadOptions
@@ -193,29 +193,32 @@ def draft(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {"weights_bytes": {name: checkpoint.tensor_bytes(folder) for name, folder in folders.items()}}
     found["seconds"] = {step.name: step.seconds for step in read_artifact(folders["taught"]).steps}
     requests = [Request(str(n), tuple(w[:OPENING]), SAID) for n, w in enumerate(bench.windows[:PROMPTS])]
-    rates: dict[str, list[float]] = {}
-    said: dict[str, list[tuple[int, ...]]] = {}
     engines = {"plain": pipeline.engine(*bench.native(None))}
     for name, folder in folders.items():
         for tokens in (2, 4):
             chosen = Speculative(draft=str(folder), tokens=tokens)
             engines[f"{name}, {tokens} ahead"] = pipeline.engine(*bench.native(None, chosen))
     engines["auto"] = pipeline.engine(*bench.native(None, Speculative(draft="auto", among=(str(folders["taught"]),))))
-    for name, engine in engines.items():
-        drafted = accepted = first = firsts = 0
-        rates[name], said[name] = [], []
-        for request in requests:
-            trace = engine.generate([request])
-            said[name].append(trace.output_ids[0])
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    counts: dict[str, list[Trace]] = {name: [] for name in engines}
+    for request in [requests[0], *requests]:  # the first warms up
+        for name, engine in engines.items():
+            counts[name].append(trace := engine.generate([request]))
             rates[name].append((SAID - 1) / (trace.emission_s[-1] - trace.emission_s[0]))
-            drafted, accepted = drafted + (trace.drafted or 0), accepted + (trace.accepted or 0)
-            if trace.accepted_at:
-                first, firsts = first + trace.accepted_at[0][1], firsts + trace.accepted_at[0][0]
-        ahead = {"drafted": drafted, "accepted": accepted, "first": first, "firsts": firsts}
-        found[name] = {"same_text": said[name] == said["plain"], **ahead, "notes": list(engine.notes)}
-        over = np.divide(rates[name], rates["plain"])
-        found[name]["speedup"] = {"median": float(np.median(over)), "least": float(over.min()), "most": float(over.max())}
-        share = f"first token kept {first / firsts:.3f}" if firsts else ""
+    for name, traces in counts.items():
+        first = [trace.accepted_at[0] for trace in traces[1:] if trace.accepted_at]
+        over = np.divide(rates[name][1:], rates["plain"][1:])
+        found[name] = {
+            "same_text": [t.output_ids for t in traces] == [t.output_ids for t in counts["plain"]],
+            "drafted": sum(trace.drafted or 0 for trace in traces[1:]),
+            "accepted": sum(trace.accepted or 0 for trace in traces[1:]),
+            "first_drafted": sum(had for had, _ in first),
+            "first_accepted": sum(kept for _, kept in first),
+            "tok_per_s": rates[name][1:],
+            "speedup": {"median": float(np.median(over)), "least": float(over.min()), "most": float(over.max())},
+            "notes": list(engines[name].notes),
+        }
+        share = f"first token kept {sum(k for _, k in first) / sum(h for h, _ in first):.3f}" if first else ""
         print(f"\r{name:<24} × {np.median(over):.3f} {share}  same text: {found[name]['same_text']}")
     return found
 

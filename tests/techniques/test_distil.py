@@ -205,7 +205,7 @@ def test_teachers_with_other_tokens_are_refused(make: Make) -> None:
     with pytest.raises(
         InputError, match=r"distil.teacher: big knows other tokens than the student \(3\d\d against 3\d\d; 0 have"
     ):
-        make("distil", teacher="big").apply(student, context())
+        make("distil", teacher="big").apply(student, context(lambda name: opened()))
 
 
 def test_teachers_of_answers_with_other_tokens_are_refused_before_they_write(make: Make, tmp_path: Path) -> None:
