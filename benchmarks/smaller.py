@@ -230,7 +230,7 @@ def narrow(bench: Bench, folder: Path) -> dict[str, Any]:
         items = choices.read_choices(task / "test.jsonl")
         step = recipe.load("finetune", techniques.find).steps[0].as_dict()["distil"]
         teacher = bench.made(own("finetune", {"distil": step | {"data": str(task / "train.jsonl")}}))
-        scores = {"teacher": scored(bench, teacher, items)}
+        scores, folders = {"teacher": scored(bench, teacher, items)}, {"teacher": teacher}
         student = recipe.load("distil_classify", techniques.find)
         dropped, learned = (each.as_dict() for each in student.steps)
         common = learned["distil"] | {"teacher": str(teacher), "answers": "rows", "samples": 1, "answer_temperature": 0.0}
@@ -240,12 +240,14 @@ def narrow(bench: Bench, folder: Path) -> dict[str, Any]:
             ("clean", "answered", True),
         ):
             options = common | {"data": str(task / f"{rows}.jsonl"), "filter": is_sifted}
-            scores[name] = scored(bench, bench.made(own(f"student, {name}", dropped, {"distil": options})), items)
+            folders[name] = bench.made(own(f"student, {name}", dropped, {"distil": options}))
+            scores[name] = scored(bench, folders[name], items)
         floor = tasks.majority(items)
         arms: dict[str, Any] = {}
         for name, each in scores.items():
             result = tasks.compare_scores(scores["teacher"], each, majority=floor)
-            arms[name] = {key: value.model_dump() for key, value in result.figures().items()}
+            figures = {key: value.model_dump() for key, value in result.figures().items()}
+            arms[name] = figures | {"weights_bytes": checkpoint.tensor_bytes(folders[name])}
             retained = result.retention
             print(f"\r{task.name} {name:<22} accuracy {result.accuracy.estimate:.3f}  retention {retained}")
         found[task.name] = {"items": len(items), "majority": floor, "arms": arms}
@@ -255,6 +257,66 @@ def narrow(bench: Bench, folder: Path) -> dict[str, Any]:
 def scored(bench: Bench, folder: Path, items: tuple[choices.Item, ...]) -> list[tasks.ItemScore]:
     bundle = load.load(pipeline.resolve(str(folder), OPTIONS))
     return tasks.score_choices(tasks.masked_logits_of(bundle.model), bundle.tokenizer, items, say)
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The same for people."""
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
+    lines = [
+        f"# Smaller models: `{document['model']}`",
+        "",
+        f"{WINDOWS} windows of {TOKENS} tokens that nothing was chosen or trained by, against the whole model in float32; 95 % "
+        f"intervals over windows. Speeds are of the native engine in int8, arms taking turns. {versions}.",
+    ]
+    for part in ("depth", "heal", "signals", "width"):
+        if part not in document:
+            continue
+        found = document[part]
+        lines += ["", f"## {part}", "", "| arm | KLD, nats | perplexity × | stored | seconds |", "|---|---:|---:|---:|---|"]
+        for name, arm in found["arms"].items():
+            seconds = ", ".join(f"{step} {taken:.0f}" for step, taken in arm["seconds"].items())
+            figures = f"{np.mean(arm['kld']):.3f} | {math.exp(np.mean(arm['lost'])):.3f}"
+            lines.append(f"| {name} | {figures} | {units.size(arm['weights_bytes'])} | {seconds} |")
+        lines += [f"\nKLD of greedy over {name}: {_range(each)}" for name, each in found.get("KLD of greedy over", {}).items()]
+        regained = found.get("share of the lost log-likelihood regained", {})
+        for name, each in ({"": regained} if "value" in regained else regained).items():
+            lines.append(f"\nShare of the lost log-likelihood regained{f' by {name}' if name else ''}: {_range(each)}")
+        for name, each in found.get("speed", {}).get("speedup", {}).items():
+            spread = f"{each['median']:.2f} × ({each['least']:.2f} … {each['most']:.2f})"
+            lines.append(f"\nDecoding with {name}: {spread}; the bytes say {found['speed']['predicted'][name]:.2f} ×")
+    lines += _drafts(document.get("draft"))
+    for task, found in document.get("narrow", {}).items():
+        lines += [
+            "",
+            f"## narrow: {task}",
+            "",
+            f"{found['items']} items; the commonest label is right in {found['majority']:.1%}.",
+            "",
+        ]
+        lines += ["| arm | accuracy | retention | stored |", "|---|---|---|---:|"]
+        for name, arm in found["arms"].items():
+            kept = _range(arm["mc.retention"] | {"value": arm["mc.retention"]["value"]}) if "mc.retention" in arm else "–"
+            lines.append(f"| {name} | {_range(arm['mc.accuracy'])} | {kept} | {units.size(arm['weights_bytes'])} |")
+    return "\n".join([*lines, ""])
+
+
+def _range(value: dict[str, Any]) -> str:
+    bounds = "" if value["low"] is None else f" [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value['value']:.3f}{bounds}"
+
+
+def _drafts(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    lines = ["", "## draft", "", "| draft | first token kept | of all drafted | speed × | same text |", "|---|---:|---:|---|---|"]
+    for name, arm in found.items():
+        if "speedup" not in arm:
+            continue
+        first = f"{arm['first_accepted'] / arm['first_drafted']:.3f}" if arm["first_drafted"] else "–"
+        share = f"{arm['accepted'] / arm['drafted']:.3f}" if arm["drafted"] else "–"
+        spread = f"{arm['speedup']['median']:.2f} ({arm['speedup']['least']:.2f} … {arm['speedup']['most']:.2f})"
+        lines.append(f"| {name} | {first} | {share} | {spread} | {'yes' if arm['same_text'] else 'no'} |")
+    return lines
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
@@ -278,6 +340,7 @@ def main() -> None:
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            path.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
 
 
 if __name__ == "__main__":
