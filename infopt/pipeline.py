@@ -7,13 +7,14 @@ and the quality checks open arms through it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infopt import artifact, engines, recipe, techniques
+from infopt import artifact, engines, host, recipe, techniques
 from infopt.arms import ArmSpec
 from infopt.data import calibration, lessons
 from infopt.data.calibration import Source
@@ -42,9 +43,17 @@ def resolve(model: str, options: LoadOptions) -> ModelReference:
     return reference.parse(model, revision=options.revision, trust_remote_code=options.trust_remote_code)
 
 
-def build_techniques(chosen: Recipe, model_shapes: Shapes, device: str = "auto") -> list[Technique]:
+def build_techniques(
+    chosen: Recipe,
+    model_shapes: Shapes,
+    device: str = "auto",
+    *,
+    element_bytes: Callable[[], float] | None = None,
+    machine: Callable[[], Machine] | None = None,
+) -> list[Technique]:
     """The recipe's techniques, each checked against the shapes that it finds, this machine and the device asked for.
 
+    `element_bytes`, `machine`: what budgets of bytes and seconds need; without them these are checked when the step runs.
     Raises RecipeError, MissingNeedError.
     """
     techniques.check_order(chosen)
@@ -59,6 +68,7 @@ def build_techniques(chosen: Recipe, model_shapes: Shapes, device: str = "auto")
         technique.cache_dtype, technique.device = chosen.cache.dtype, device
         technique.calibration_tokens = chosen.calibration.samples * chosen.calibration.tokens
         technique.calibration_samples = chosen.calibration.samples
+        technique.element_bytes, technique.machine = element_bytes, machine
         technique.check(model_shapes, chosen.place(index))
         model_shapes = technique.reshape(model_shapes)
         found.append(technique)
@@ -101,9 +111,9 @@ def in_stock(chosen: Recipe) -> Recipe:
 
 def predict(chosen: Recipe, model_shapes: Shapes, loaded: Prediction, machine: Machine) -> list[tuple[str, Prediction]]:
     """What every step will cost, by name, from the model as `loaded`."""
-    rows = []
-    state = loaded
-    for technique, step in zip(build_techniques(chosen, model_shapes, machine.device), chosen.steps, strict=True):
+    rows, state, element = [], loaded, loaded.weights_bytes / model_shapes.parameters
+    found = build_techniques(chosen, model_shapes, machine.device, element_bytes=lambda: element, machine=lambda: machine)
+    for technique, step in zip(found, chosen.steps, strict=True):
         state = technique.predict(model_shapes, state, machine)
         model_shapes = technique.reshape(model_shapes)
         rows.append((step.name, state))
@@ -172,7 +182,7 @@ def build(
     of the recipe, and the calibration text where one was read.
     """
     observer = observer or Observer()
-    found = build_techniques(chosen, shapes.shapes(ref), device)
+    found = _techniques_of(ref, chosen, device)
     storable = found[: first_at_load(chosen, found)]
     plan = load_plan(chosen, home(chosen, found, device), trust_remote_code=options.trust_remote_code)
     for technique in storable:
@@ -215,6 +225,17 @@ def build(
         bundle = replace(bundle, steps=(*bundle.steps, chosen.steps[index].name))
         observer.done(index, bundle)
     return bundle, found, source
+
+
+def _techniques_of(ref: ModelReference, chosen: Recipe, device: str) -> list[Technique]:
+    found = shapes.shapes(ref)
+
+    def element_bytes() -> float:
+        dtype = "float32" if ref.kind == "gguf" and chosen.engine.dtype == "auto" else chosen.engine.dtype  # as such files open
+        return ELEMENT_BYTES.get(dtype) or shapes.stored_bytes(ref) / found.parameters
+
+    peaks = partial(host.measured, device, host.set_threads(None))
+    return build_techniques(chosen, found, device, element_bytes=element_bytes, machine=peaks)
 
 
 def first_at_load(chosen: Recipe, found: list[Technique]) -> int:

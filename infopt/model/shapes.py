@@ -36,6 +36,11 @@ def shapes(reference: ModelReference) -> Shapes:
     return _measure(model, text)
 
 
+def opened(model: PreTrainedModel) -> Shapes:
+    """The shapes of a model that is open, and not packed."""
+    return _measure(model, model.config.get_text_config())
+
+
 def read_config(reference: ModelReference) -> PreTrainedConfig:
     """The config as transformers reads it, without its `quantization_config`. Raises InputError."""
     from transformers import AutoConfig

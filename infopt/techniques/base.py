@@ -7,6 +7,7 @@ that a recipe can be checked in milliseconds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -85,6 +86,10 @@ class Technique:
         self.calibration_tokens = 0
         #: How many windows these are.
         self.calibration_samples = 0
+        #: Bytes of a parameter of the model as it is opened, and this machine's measured peaks: for `check` and `reshape`, which
+        #: know neither otherwise. None where nobody says.
+        self.element_bytes: Callable[[], float] | None = None
+        self.machine: Callable[[], Machine] | None = None
 
     def check(self, shapes: Shapes, path: str) -> None:
         """Refuses options that this model's shapes do not allow. `path` is the step's place in the recipe.

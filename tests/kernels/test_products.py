@@ -62,7 +62,8 @@ def test_any_shape(threads: Threads, kind: Kind, rows: int, inner: int, tokens: 
         weights = weights.with_bias(torch.randn(rows, generator=source))
     x = torch.randn(tokens, inner, generator=source)
     wanted = packed.multiply(weights, x)
-    assert threads.multiply(weights, x).sub(wanted).abs().max() <= 3e-6 * wanted.abs().max() + 1e-6
+    # Of the terms, not of the sum, which may be near 0.
+    assert threads.multiply(weights, x).sub(wanted).abs().max() <= 1e-5 * (1 + wanted.abs().max())
 
 
 @pytest.mark.skipif("amx" not in ISAS, reason="this processor has no tiles")

@@ -175,6 +175,31 @@ def test_a_text_does_not_depend_on_its_batch(make: Make) -> None:
     assert found.tokens == [int(each.argmax()) for each in alone]
 
 
+@pytest.mark.parametrize("name", ["smollm", "mistral, window"])
+@pytest.mark.parametrize(("kind", "most"), [("int8", 0.0), ("int4", 0.0), ("float32", 1e-5)])
+def test_a_token_has_the_same_logits_however_many_are_verified_with_it(make: Make, name: str, kind: Any, most: float) -> None:
+    """Bit for bit where inputs are rounded to integers: else a draft could change which of two near tokens is taken."""
+    model = make(name)
+    step, other = (opened(model, threads=threads, weights=kind) for threads in (2, 3))
+    for before in (63, 100, 120, 125, 126, 127, 128, 143, 255, 256):
+        found = []
+        for count in (1, 2, 3, 5, 31):
+            sequence = step.open()
+            step.run([Run(sequence, IDS[:before])])
+            found.append(logits(step, sequence, IDS[before : before + count])[0])
+            step.close(sequence)
+        sequences = [step.open(), step.open()]
+        step.run([Run(sequences[0], IDS[:before])])
+        beside = step.run([Run(sequences[0], IDS[before : before + 1]), Run(sequences[1], IDS[:30])]).logits
+        elsewhere = other.open()
+        other.run([Run(elsewhere, IDS[:before])])
+        found += [beside[0].clone(), logits(other, elsewhere, IDS[before : before + 1])[0]]
+        assert max(off(each, found[0]) for each in found) <= most, f"{before} tokens before"
+        for each in sequences:
+            step.close(each)
+        other.close(elsewhere)
+
+
 def test_too_much_is_refused_before_anything_is_computed(make: Make) -> None:
     step = WholeStep(make(), threads=2, most_kv_bytes=300_000)
     with pytest.raises(InputError, match=r"8 × 400 tokens take .* MB; .* kB are left"):

@@ -30,6 +30,8 @@ struct Best {
     }
 };
 
+constexpr int STRETCH = 128;  // positions that a task attends to, where there are several for some queries
+
 // Some rows (token × query head of one key/value head) of a run, and a share of the positions behind them.
 struct Task {
     int run, head, row, rows, split, splits;
@@ -99,17 +101,13 @@ class Step {
         tasks.clear();
         first_task.clear();
         splits.clear();
-        int whole = 0;
-        for (int run = 0; run < batch.runs; run++)
-            whole += m.kv_heads * (((batch.run_start[run + 1] - batch.run_start[run]) * group + ROWS - 1) / ROWS);
-        // By the threads that there are, not those that work now: sums must not depend on what else the machine does.
-        const int wanted = pool.most() == 1 ? 1 : (4 * pool.most() + whole - 1) / whole;
         for (int run = 0; run < batch.runs; run++) {
             const int begin = batch.run_start[run], count = batch.run_start[run + 1] - begin;
             for (int t = 0; t < count; t++) run_of[begin + t] = run;
             const int length = batch.run_position[run] + count, rows = count * group;
             first_task.push_back(int(tasks.size()));
-            splits.push_back(std::max(1, std::min(wanted, length / 64)));
+            // By position alone: a token's sums must depend neither on those beside it nor on the machine. Prompts have rows enough.
+            splits.push_back(in_prompt ? 1 : (length + STRETCH - 1) / STRETCH);
             for (int head = 0; head < m.kv_heads; head++)
                 for (int row = 0; row < rows; row += ROWS)
                     for (int split = 0; split < splits.back(); split++)
@@ -283,9 +281,8 @@ class Step {
             first = std::min(first, q.from[r]);
             last = std::max(last, q.reach[r]);
         }
-        const int blocks = (last - first + LANES - 1) / LANES;  // a share of whole blocks of positions
-        q.first = first + blocks * task.split / task.splits * LANES;
-        q.last = std::min(last, first + blocks * (task.split + 1) / task.splits * LANES);
+        q.first = task.splits == 1 ? first : std::max(first, task.split * STRETCH);
+        q.last = task.splits == 1 ? last : std::min(last, (task.split + 1) * STRETCH);
         float* out = parts.data() + size_t(number) * ROWS * head_width;
         if (q.first >= q.last) {
             for (int r = 0; r < task.rows; r++) partials[number].most[r] = -INFINITY;
