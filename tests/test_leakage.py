@@ -250,7 +250,7 @@ def test_every_item_in_a_long_text_is_found_while_the_text_is_here(tmp_path: Pat
     assert "passages in 10 of 10" in leakage.found(ArmSpec("own", "tiny", own), settings)["tasks"]
     source = pipeline.calibration_source(own)
     assert source is not None
-    leakage.write(source, tmp_path)
+    leakage.write(own, source, tmp_path)
     asked = Words.of([Piece(row, row, question) for row, question in enumerate(questions)])
     assert 0 < len(shares(asked, Fingerprint.read(tmp_path / leakage.FILE))) < 10
 
