@@ -148,9 +148,11 @@ def build_key(ref: ModelReference, chosen: Recipe, options: LoadOptions) -> str:
         "dtype": chosen.engine.dtype,
         "seed": options.seed,
         "calibration": calibration,
-        "models": [reference.fingerprint(pipeline.resolve(name, options)) for each in found for name in each.models],
         "versions": host.versions(found),
     }
+    others = [reference.fingerprint(pipeline.resolve(name, options)) for each in found for name in each.models]
+    if others:
+        key["models"] = others
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
