@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     """([choices, tokens] ids, the same shape of mask, both int64 on the CPU) → [choices, tokens, vocabulary] logits."""
 
 
-FIGURES = ("mc.accuracy", "mc.delta", "mc.flips_share")
+FIGURES = ("mc.accuracy", "mc.delta", "mc.flips_share", "mc.retention")
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,13 @@ class TaskResult:
 
     def figures(self) -> dict[str, Value]:
         found = {"mc.accuracy": self.accuracy, "mc.delta": self.difference.interval, "mc.flips_share": self.flips}
-        if self.retention is not None:
-            found["mc.retention"] = self.retention
-        return dict(figure_value(key, interval.estimate, self.total, interval=interval) for key, interval in found.items())
+        figures = dict(figure_value(key, interval.estimate, self.total, interval=interval) for key, interval in found.items())
+        kept, reason = self.retention, "the items have choices of their own"
+        if self.majority is not None:
+            reason = "the reference is right no more often than the commonest answer"
+        return figures | dict(
+            [figure_value("mc.retention", kept.estimate if kept else None, self.total, interval=kept, reason=reason)]
+        )
 
 
 def score_choices(
