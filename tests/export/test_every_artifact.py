@@ -24,6 +24,15 @@ WEIGHTS = [
     for name in recipe.shipped()
     if (steps := recipe.load(name, techniques.find).steps) and not any(techniques.find(step.name).at_load for step in steps)
 ]
+#: What recipes for larger models want of a model of two blocks and 320 tokens.
+DROP = "steps.0.drop_layers.count=1"
+TINY: dict[str, tuple[str, ...]] = {
+    "drop_layers": (DROP,), "distil_heal": (DROP,), "trim_vocab": ("steps.0.trim_vocab.keep=300",),
+    "make_draft": (DROP, "steps.1.distil.answer_tokens=8"), "finetune": ("steps.0.distil.data={rows}",),
+    "distil_classify": (DROP, "steps.1.distil.data={rows}", "steps.1.distil.teacher=tiny", "steps.1.distil.filter=false"),
+    "distil_extract": (DROP, "steps.1.distil.data={rows}", "steps.1.distil.teacher=tiny", "steps.1.distil.filter=false"),
+}  # fmt: skip
+ROWS = "".join(f'{{"prompt": "Is {n} even?", "response": "{"no" if n % 2 else "yes"}"}}\n' for n in range(8))
 #: No plain weights: adapters beside them, and a library that does not dequantize.
 REFUSED = {"qlora_nf4": "its adapters lie beside its weights", "quanto_": "has no plain weight to export"}
 Artifact = Callable[[str], Path]
@@ -36,11 +45,13 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
     @cache
     def make(name: str) -> Path:
-        chosen = recipe.load(name, techniques.find)
+        rows = root / "rows.jsonl"
+        rows.write_text(ROWS, encoding="utf-8")
+        chosen = recipe.load(name, techniques.find, [*SMALL, *(each.format(rows=rows) for each in TINY.get(name, ()))])
         lacking = [missing_need(techniques.find(step.name)(step.options).needs, "cpu") for step in chosen.steps]
         if any(lacking):
             pytest.skip(f"{name} {lacking[0].message}")  # type: ignore[union-attr]
-        optimize("tiny", recipe.load(name, techniques.find, SMALL), root / name, OPTIONS)
+        optimize("tiny", chosen, root / name, OPTIONS)
         return root / name
 
     return make
