@@ -202,7 +202,9 @@ def test_rows_without_a_response_want_a_teacher(tmp_path: Path) -> None:
 def test_teachers_with_other_tokens_are_refused(make: Make) -> None:
     student = opened()
     student.tokenizer.add_tokens([f"<{number}>" for number in range(5)])  # more than releases of one tokenizer differ by
-    message = r"distil.teacher: big knows other tokens than the student \(259 against 264; 0 have another number, 5 are not there\)"
+    message = (
+        r"distil.teacher: big knows other tokens than the student \(259 against 264; 0 have another number, 5 are not there\)"
+    )
     with pytest.raises(InputError, match=message):
         make("distil", teacher="big").apply(student, context(lambda name: opened()))
 
