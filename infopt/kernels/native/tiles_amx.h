@@ -12,7 +12,8 @@
 
 namespace INFOPT_ISA {
 
-constexpr int TILE = 16;         // tokens of a tile
+constexpr int TILE = 16;           // tokens of a tile
+constexpr int PREFETCH = 4 << 10;  // bytes ahead of the weights in use
 constexpr int LEAST_TILED = 32;  // fewer wait for memory, which lanes overlap better with: 5 tokens cost 1.2 steps so, and 1.5 in tiles
 
 // Whether the kernel lets this process use tiles; asked once.

@@ -65,7 +65,7 @@ static inline const uint16_t* half_weights(const Matrix& w, int block, int slot)
         const F scale = load_scales(w.scales, w.scales_are_float32, at);
         const F zero = w.zeros ? load_scales(w.zeros, w.scales_are_float32, at) : set1(w.kind == INT8 ? 128.0f : 8.0f);
         for (int i = 0; i < bytes; i += 64, p += 64) {
-            __builtin_prefetch(p + PREFETCH);
+            prefetch(p);
             const Bytes stored = load_bytes(p);
             if (w.kind == INT8) {
                 store_scaled(out, stored.v, zero.v, scale.v);
