@@ -5,6 +5,7 @@
 // [head_dim padded to 16].
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -69,6 +70,20 @@ struct Queries {
     int from[ROWS];            // the first that it may
 };
 
+// Keys that the thread needs after those in use, and asks for meanwhile; none where `last` is 0.
+template <class T>
+struct Later {
+    Cache<T> cache;
+    int first, last;  // `first` begins a block
+
+    // Where the keys of block i of them lie; null beyond the last.
+    const char* block(int i) const { return first + i * LANES < last ? (const char*)cache.keys(first + i * LANES) : nullptr; }
+    void ask() const {
+        for (int i = 0; const char* at = block(i); i++)
+            for (int b = 0; b < LANES * cache.m.head_dim * int(sizeof(T)); b += 64) __builtin_prefetch(at + b, 0, 2);
+    }
+};
+
 // What one pass leaves: not yet divided by `total`. For a row that sees nothing here, `most` is −∞.
 struct Partial {
     float most[ROWS], total[ROWS];
@@ -76,19 +91,18 @@ struct Partial {
 
 // scores [rows][16 · BLOCKS] of the positions from `p` on = scale·q·k, −∞ where a row may not look.
 template <class T, int N, int BLOCKS>
-static inline void score_blocks(const Cache<T>& cache, const Queries& q, float scale, float* scores, int stride, int p) {
+[[gnu::noinline]] static void score_blocks(const Cache<T>& cache, const Queries& q, float scale, float* scores, int stride, int p) {
     const T* keys[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) keys[b] = cache.keys(p + b * LANES);
-    const int ahead = p + BLOCKS * LANES;
-    const T* next = ahead < q.last ? cache.keys(ahead) : keys[0];
+    const T* soon = cache.values(p);  // at most two blocks: in one page
     F sums[BLOCKS][N];
-    for (int b = 0; b < BLOCKS; b++)
-        for (int r = 0; r < N; r++) sums[b][r] = zero();
+    UNROLLED for (int b = 0; b < BLOCKS; b++)
+        UNROLLED for (int r = 0; r < N; r++) sums[b][r] = zero();
     for (int d = 0; d < cache.m.head_dim; d++) {
-        __builtin_prefetch(next + int64_t(d) * LANES * BLOCKS);
-        for (int b = 0; b < BLOCKS; b++) {
+        __builtin_prefetch(soon + int64_t(d) * LANES * BLOCKS, 0, 2);
+        UNROLLED for (int b = 0; b < BLOCKS; b++) {
             const F k = load_kv(keys[b] + int64_t(d) * LANES);
-            for (int r = 0; r < N; r++) sums[b][r] = fma(k, set1(q.query[r][d]), sums[b][r]);
+            UNROLLED for (int r = 0; r < N; r++) sums[b][r] = fma(k, set1(q.query[r][d]), sums[b][r]);
         }
     }
     for (int r = 0; r < N; r++) {
@@ -113,35 +127,43 @@ static void score(const Cache<T>& cache, const Queries& q, float scale, float* s
     if (p < q.last) score_blocks<T, N, 1>(cache, q, scale, scores + (p - begin), stride, p);
 }
 
-// out [rows][head_dim padded] = Σ weight·v, 64 numbers of the head at a time.
-template <class T, int N>
-static void gather(const Cache<T>& cache, const Queries& q, const float* weights, int stride, float* out) {
-    constexpr int WIDE = N > 3 ? 2 : 4;
-    const int width = padded(cache.m.head_dim), begin = q.first / LANES * LANES;
-    for (int d = 0; d < width; d += WIDE * LANES) {
-        const int parts = (width - d) / LANES < WIDE ? (width - d) / LANES : WIDE;
-        F sums[N][WIDE];
-        for (int r = 0; r < N; r++)
-            for (int c = 0; c < WIDE; c++) sums[r][c] = zero();
-        const auto add_position = [&](int p, int count) {
-            const T* v = cache.values(p) + d;
-            __builtin_prefetch(v + 16 * width);
-            for (int c = 0; c < count; c++) {
+// out [rows][16 · WIDE, of a head from `d` on] = Σ weight·v
+template <class T, int N, int WIDE>
+[[gnu::noinline]] static void gather_part(
+    const Cache<T>& cache, const Queries& q, const float* weights, int stride, float* out, int d, const Later<T>& later) {
+    const int width = padded(cache.m.head_dim), begin = q.first / LANES * LANES, line = cache.m.head_dim * int(sizeof(T));
+    F sums[N][WIDE];
+    UNROLLED for (int r = 0; r < N; r++)
+        UNROLLED for (int c = 0; c < WIDE; c++) sums[r][c] = zero();
+    for (int p = q.first; p < q.last;) {
+        const T* v = cache.values(p) + d;
+        const char* ask = d ? nullptr : later.block((p - begin) / LANES);
+        for (const int end = std::min(q.last, p / LANES * LANES + LANES); p < end; p++, v += width) {
+            for (int b = 0; ask && b < line; b += 64, ask += 64) __builtin_prefetch(ask, 0, 2);
+            UNROLLED for (int c = 0; c < WIDE; c++) {
                 const F value = load_kv(v + c * LANES);
-                for (int r = 0; r < N; r++) sums[r][c] = fma(value, set1(weights[int64_t(r) * stride + (p - begin)]), sums[r][c]);
+                UNROLLED for (int r = 0; r < N; r++)
+                    sums[r][c] = fma(value, set1(weights[int64_t(r) * stride + (p - begin)]), sums[r][c]);
             }
-        };
-        if (parts == WIDE)
-            for (int p = q.first; p < q.last; p++) add_position(p, WIDE);
-        else
-            for (int p = q.first; p < q.last; p++) add_position(p, parts);
-        for (int r = 0; r < N; r++)
-            for (int c = 0; c < parts; c++) store(out + int64_t(r) * width + d + c * LANES, sums[r][c]);
+        }
     }
+    for (int r = 0; r < N; r++)
+        for (int c = 0; c < WIDE; c++) store(out + int64_t(r) * width + d + c * LANES, sums[r][c]);
 }
 
 template <class T, int N>
-static void attend_rows(const Cache<T>& cache, const Queries& q, float scale, std::vector<float>& scratch, float* out, Partial& found) {
+static void gather(const Cache<T>& cache, const Queries& q, const float* weights, int stride, float* out, const Later<T>& later) {
+    constexpr int WIDE = N > 3 ? 2 : 4;
+    const int width = padded(cache.m.head_dim);
+    int d = 0;
+    for (; d + WIDE * LANES <= width; d += WIDE * LANES) gather_part<T, N, WIDE>(cache, q, weights, stride, out, d, later);
+    for (; d < width; d += LANES) gather_part<T, N, 1>(cache, q, weights, stride, out, d, later);
+}
+
+template <class T, int N>
+static void attend_rows(
+    const Cache<T>& cache, const Queries& q, float scale, std::vector<float>& scratch, float* out, Partial& found,
+    const Later<T>& later) {
     const int begin = q.first / LANES * LANES, stride = padded(q.last - begin);
     if (scratch.size() < size_t(ROWS) * stride) scratch.resize(size_t(ROWS) * stride);
     score<T, N>(cache, q, scale, scratch.data(), stride);
@@ -158,18 +180,20 @@ static void attend_rows(const Cache<T>& cache, const Queries& q, float scale, st
         }
         found.total[r] = sum(total);
     }
-    gather<T, N>(cache, q, scratch.data(), stride, out);
+    gather<T, N>(cache, q, scratch.data(), stride, out, later);
 }
 
 template <class T>
-static void attend(const Cache<T>& cache, const Queries& q, float scale, std::vector<float>& scratch, float* out, Partial& found) {
+static void attend(
+    const Cache<T>& cache, const Queries& q, float scale, std::vector<float>& scratch, float* out, Partial& found,
+    const Later<T>& later) {
     switch (q.rows) {
-        case 1: return attend_rows<T, 1>(cache, q, scale, scratch, out, found);
-        case 2: return attend_rows<T, 2>(cache, q, scale, scratch, out, found);
-        case 3: return attend_rows<T, 3>(cache, q, scale, scratch, out, found);
-        case 4: return attend_rows<T, 4>(cache, q, scale, scratch, out, found);
-        case 5: return attend_rows<T, 5>(cache, q, scale, scratch, out, found);
-        default: return attend_rows<T, ROWS>(cache, q, scale, scratch, out, found);
+        case 1: return attend_rows<T, 1>(cache, q, scale, scratch, out, found, later);
+        case 2: return attend_rows<T, 2>(cache, q, scale, scratch, out, found, later);
+        case 3: return attend_rows<T, 3>(cache, q, scale, scratch, out, found, later);
+        case 4: return attend_rows<T, 4>(cache, q, scale, scratch, out, found, later);
+        case 5: return attend_rows<T, 5>(cache, q, scale, scratch, out, found, later);
+        default: return attend_rows<T, ROWS>(cache, q, scale, scratch, out, found, later);
     }
 }
 

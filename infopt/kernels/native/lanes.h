@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <cstring>
 
+// Before a loop over an array of sums, which lie in registers only where the compiler sees every index.
+#define UNROLLED _Pragma("GCC unroll 16")
+
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 #if defined(__AMX_INT8__)
 #define INFOPT_ISA amx

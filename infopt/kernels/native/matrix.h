@@ -52,6 +52,10 @@ struct Buffers {
 
 static inline bool is_integer(const Matrix& w) { return w.kind == INT8 || w.kind == INT4; }
 static inline int blocks_of(const Matrix& w) { return (w.rows + LANES - 1) / LANES; }
+static inline size_t block_bytes(const Matrix& w) {
+    constexpr int BITS[] = {32, 16, 8, 4};  // by kind
+    return size_t(w.inner) * LANES * BITS[w.kind] / 8;
+}
 
 // Rounds one row of inputs, each group of 32 by its own scale.
 static inline void round_row(const Inputs& x, int token) {
@@ -82,18 +86,18 @@ static inline void tile_float32(const Matrix& w, const Inputs& x, int token, int
     const float* p = (const float*)w.weights + size_t(block) * w.inner * LANES;
     const float* in = x.values + size_t(token) * x.inner;
     F part[COLUMNS][CHAINS];
-    for (int m = 0; m < COLUMNS; m++)
-        for (int c = 0; c < CHAINS; c++) part[m][c] = zero();
+    UNROLLED for (int m = 0; m < COLUMNS; m++)
+        UNROLLED for (int c = 0; c < CHAINS; c++) part[m][c] = zero();
     for (int k = 0; k < w.inner; k += CHAINS) {
-        for (int c = 0; c < CHAINS; c++, p += LANES) {
+        UNROLLED for (int c = 0; c < CHAINS; c++, p += LANES) {
             prefetch(p);
             const F weights = load(p);
-            for (int m = 0; m < COLUMNS; m++) part[m][c] = fma(weights, set1(in[size_t(m) * x.inner + k + c]), part[m][c]);
+            UNROLLED for (int m = 0; m < COLUMNS; m++) part[m][c] = fma(weights, set1(in[size_t(m) * x.inner + k + c]), part[m][c]);
         }
     }
-    for (int m = 0; m < COLUMNS; m++) {
+    UNROLLED for (int m = 0; m < COLUMNS; m++) {
         y[m] = part[m][0];
-        for (int c = 1; c < CHAINS; c++) y[m] = add(y[m], part[m][c]);
+        UNROLLED for (int c = 1; c < CHAINS; c++) y[m] = add(y[m], part[m][c]);
     }
 }
 
@@ -103,23 +107,23 @@ static inline void tile_bfloat16(const Matrix& w, const Inputs& x, int token, in
     const uint16_t* p = (const uint16_t*)w.weights + size_t(block) * w.inner * LANES;
     const float* in = x.values + size_t(token) * x.inner;
     F part[COLUMNS][2 * CHAINS];
-    for (int m = 0; m < COLUMNS; m++)
-        for (int c = 0; c < 2 * CHAINS; c++) part[m][c] = zero();
+    UNROLLED for (int m = 0; m < COLUMNS; m++)
+        UNROLLED for (int c = 0; c < 2 * CHAINS; c++) part[m][c] = zero();
     for (int k = 0; k < w.inner; k += 2 * CHAINS) {
-        for (int c = 0; c < CHAINS; c++, p += 2 * LANES) {
+        UNROLLED for (int c = 0; c < CHAINS; c++, p += 2 * LANES) {
             prefetch(p);
             F first, second;
             load_bf16_pairs(p, first, second);
-            for (int m = 0; m < COLUMNS; m++) {
+            UNROLLED for (int m = 0; m < COLUMNS; m++) {
                 const float* at = in + size_t(m) * x.inner + k + 2 * c;
                 part[m][2 * c] = fma(first, set1(at[0]), part[m][2 * c]);
                 part[m][2 * c + 1] = fma(second, set1(at[1]), part[m][2 * c + 1]);
             }
         }
     }
-    for (int m = 0; m < COLUMNS; m++) {
+    UNROLLED for (int m = 0; m < COLUMNS; m++) {
         y[m] = part[m][0];
-        for (int c = 1; c < 2 * CHAINS; c++) y[m] = add(y[m], part[m][c]);
+        UNROLLED for (int c = 1; c < 2 * CHAINS; c++) y[m] = add(y[m], part[m][c]);
     }
 }
 
@@ -132,7 +136,7 @@ static inline void tile_integer(const Matrix& w, const Inputs& x, int token, int
     const float* scales = x.scales + x.first_scale(token);
     const int32_t* offsets = x.offsets + x.first_scale(token);
     F sums[COLUMNS];
-    for (int m = 0; m < COLUMNS; m++) sums[m] = zero();
+    UNROLLED for (int m = 0; m < COLUMNS; m++) sums[m] = zero();
     F scale = zero(), stored_zero = zero();
     for (int g = 0, left = 0; g < groups; g++, left--, scales += LANES, offsets += LANES, in += GROUP) {
         if (!left) {
@@ -142,7 +146,7 @@ static inline void tile_integer(const Matrix& w, const Inputs& x, int token, int
             shared++;
         }
         Dots dots[COLUMNS];
-        for (int m = 0; m < COLUMNS; m++) {
+        UNROLLED for (int m = 0; m < COLUMNS; m++) {
             const int32_t offset = offsets[m];
             KIND == INT8 ? dots[m].start8(offset) : dots[m].start4(HAS_ZEROS ? 0 : offset);
         }
@@ -150,25 +154,25 @@ static inline void tile_integer(const Matrix& w, const Inputs& x, int token, int
             for (int k = 0; k < GROUP; k += 4, p += 64) {
                 prefetch(p);
                 const Bytes weights = load_bytes(p);
-                for (int m = 0; m < COLUMNS; m++) dots[m].add8(weights, in + size_t(m) * x.inner + k);
+                UNROLLED for (int m = 0; m < COLUMNS; m++) dots[m].add8(weights, in + size_t(m) * x.inner + k);
             }
         } else {
             for (int k = 0; k < GROUP; k += 8, p += 64) {
                 prefetch(p);
                 const Bytes both = load_bytes(p), low = low_halves(both), high = high_halves(both);
-                for (int m = 0; m < COLUMNS; m++) {
+                UNROLLED for (int m = 0; m < COLUMNS; m++) {
                     dots[m].add4(low, in + size_t(m) * x.inner + k);
                     dots[m].add4(high, in + size_t(m) * x.inner + k + 4);
                 }
             }
         }
-        for (int m = 0; m < COLUMNS; m++) {
+        UNROLLED for (int m = 0; m < COLUMNS; m++) {
             F total = dots[m].total();
             if (HAS_ZEROS) total = fma(stored_zero, set1(float(offsets[m]) * (1.0f / 128)), total);
             sums[m] = fma(total, mul(scale, set1(scales[m])), sums[m]);
         }
     }
-    for (int m = 0; m < COLUMNS; m++) y[m] = sums[m];
+    UNROLLED for (int m = 0; m < COLUMNS; m++) y[m] = sums[m];
 }
 
 template <int COLUMNS>

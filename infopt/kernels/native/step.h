@@ -108,9 +108,9 @@ class Step {
             first_task.push_back(int(tasks.size()));
             // By position alone: a token's sums must depend neither on those beside it nor on the machine. Prompts have rows enough.
             splits.push_back(in_prompt ? 1 : (length + STRETCH - 1) / STRETCH);
-            for (int head = 0; head < m.kv_heads; head++)
-                for (int row = 0; row < rows; row += ROWS)
-                    for (int split = 0; split < splits.back(); split++)
+            for (int split = 0; split < splits.back(); split++)  // the last is shorter, and none should have all of those
+                for (int head = 0; head < m.kv_heads; head++)
+                    for (int row = 0; row < rows; row += ROWS)
                         tasks.push_back({run, head, row, std::min(ROWS, rows - row), split, splits.back()});
         }
         parts.resize(tasks.size() * ROWS * head_width);
@@ -147,13 +147,23 @@ class Step {
         return in;
     }
 
+    // The blocks of rows that are a thread's, in units of `together`.
+    std::pair<int, int> share(const Matrix& w, int thread, int together) const {
+        const int64_t units = blocks_of(w) / together, threads = pool.threads();
+        return {int(units * thread / threads) * together, int(units * (thread + 1) / threads) * together};
+    }
+
+    // Asks for the beginning of a thread's share of the weights that are used next, while threads wait for one another.
+    void warm(const Matrix& w, int thread, int together = 1) const {
+        const char* p = (const char*)w.weights + size_t(share(w, thread, together).first) * block_bytes(w);
+        for (int i = -AHEAD; i < 0; i += 64) prefetch(p + i);
+    }
+
     // Calls use(block, first token, columns, F y[TOGETHER][MOST_TOGETHER]) for all tokens' products with this thread's share
     // of the blocks of rows, TOGETHER of them at a time.
     template <int TOGETHER = 1, class Use>
     void products(const Matrix& w, const Inputs& in, int tokens, int thread, Use use) {
-        const int64_t units = blocks_of(w) / TOGETHER, threads = pool.threads();
-        const int first = int(units * thread / threads) * TOGETHER, last = int(units * (thread + 1) / threads) * TOGETHER;
-        int block = first;
+        auto [block, last] = share(w, thread, TOGETHER);
         if (in.parts) {
             const Tiled tiled(Tiles::HALVES);
             for (; block + 2 <= last; block += 2) prompt_products<TOGETHER, 2>(w, in, tokens, block, use);
@@ -193,19 +203,21 @@ class Step {
             products(layer.qkv, in, tokens, thread, [&](int block, int t, int columns, F(*y)[MOST_TOGETHER]) {
                 for (int c = 0; c < columns; c++) store(joined.data() + size_t(t + c) * joined_width() + block * LANES, y[0][c]);
             });
+            warm(layer.output, thread);
+            later<T>(batch, layer, index, thread).ask();
             pool.barrier();
             turn<T>(batch, layer, index, thread);
             pool.barrier();
-            for (size_t task = thread; task < tasks.size(); task += pool.threads()) attend_task<T>(batch, layer, index, int(task), thread);
+            for (size_t task = thread; task < tasks.size(); task += pool.threads()) attend_task<T>(batch, layer, index, task, thread);
             pool.barrier();
             in = prepare(layer.output, tokens, thread, [&](int t, float* to) { combine(batch, t, to, layer.output.inner); });
-            join(layer.output, in, tokens, thread, layer.attention_out_norm);
+            join<2>(layer.output, in, tokens, thread, layer.attention_out_norm, layer.gate_up);
             in = prepare(layer.gate_up, tokens, thread, [&](int t, float* to) { normed(t, layer.feed_norm, to); });
             feed(layer, in, tokens, thread);
             in = prepare(layer.down, tokens, thread, [&](int t, float* to) {
                 memcpy(to, activated.data() + size_t(t) * layer.down.inner, size_t(layer.down.inner) * sizeof(float));
             });
-            join(layer.down, in, tokens, thread, layer.feed_out_norm);
+            join(layer.down, in, tokens, thread, layer.feed_out_norm, index + 1 < m.layers ? m.layer[index + 1].qkv : *m.head);
             if (batch.check && thread == 0 && batch.bad_layer < 0 && !is_finite(tokens)) batch.bad_layer = index;
         }
         answer(batch, thread);
@@ -224,7 +236,8 @@ class Step {
     }
 
     // Adds a product to the hidden states, through a norm of its own where the layer has one.
-    void join(const Matrix& w, const Inputs& in, int tokens, int thread, const float* norm) {
+    template <int TOGETHER = 1>
+    void join(const Matrix& w, const Inputs& in, int tokens, int thread, const float* norm, const Matrix& next) {
         float* target = norm ? added.data() : hidden.data();
         products(w, in, tokens, thread, [&](int block, int t, int columns, F(*y)[MOST_TOGETHER]) {
             for (int c = 0; c < columns; c++) {
@@ -232,6 +245,7 @@ class Step {
                 store(to, norm ? y[0][c] : add(load(to), y[0][c]));
             }
         });
+        warm(next, thread, TOGETHER);
         pool.barrier();
         if (!norm) return;
         for (int t = thread; t < tokens; t += pool.threads()) {
@@ -266,48 +280,66 @@ class Step {
         }
     }
 
-    template <class T>
-    void attend_task(const Batch& batch, const Layer& layer, int index, int number, int thread) {
-        const Task& task = tasks[number];
+    // The positions that a task's rows look at.
+    Queries looked_at(const Batch& batch, const Layer& layer, const Task& task) const {
         const int begin = batch.run_start[task.run], position = batch.run_position[task.run];
         Queries q;
         q.rows = task.rows;
-        int first = 1 << 30, last = 0;
+        q.first = 1 << 30;
+        q.last = 0;
         for (int r = 0; r < task.rows; r++) {
             const int row = task.row + r, t = begin + row / group;
             q.query[r] = joined.data() + size_t(t) * joined_width() + size_t(task.head * group + row % group) * m.head_dim;
             q.reach[r] = position + row / group + 1;
             q.from[r] = layer.window ? std::max(0, q.reach[r] - layer.window) : 0;
-            first = std::min(first, q.from[r]);
-            last = std::max(last, q.reach[r]);
+            q.first = std::min(q.first, q.from[r]);
+            q.last = std::max(q.last, q.reach[r]);
         }
-        q.first = task.splits == 1 ? first : std::max(first, task.split * STRETCH);
-        q.last = task.splits == 1 ? last : std::min(last, (task.split + 1) * STRETCH);
-        float* out = parts.data() + size_t(number) * ROWS * head_width;
+        if (task.splits == 1) return q;
+        q.first = std::max(q.first, task.split * STRETCH);
+        q.last = std::min(q.last, (task.split + 1) * STRETCH);
+        return q;
+    }
+
+    template <class T>
+    Later<T> later(const Batch& batch, const Layer& layer, int index, size_t number) const {
+        if (number >= tasks.size()) return {Cache<T>(m, batch.run_pages[0], index, 0), 0, 0};
+        const Task& task = tasks[number];
+        const Queries q = looked_at(batch, layer, task);
+        return {Cache<T>(m, batch.run_pages[task.run], index, task.head), q.first / LANES * LANES, q.last};
+    }
+
+    template <class T>
+    void attend_task(const Batch& batch, const Layer& layer, int index, size_t number, int thread) {
+        const Task& task = tasks[number];
+        const Queries q = looked_at(batch, layer, task);
+        float* out = parts.data() + number * ROWS * head_width;
         if (q.first >= q.last) {
             for (int r = 0; r < task.rows; r++) partials[number].most[r] = -INFINITY;
             return;
         }
         const Cache<T> cache(m, batch.run_pages[task.run], index, task.head);
-        attend(cache, q, m.attention_scale, scratch[thread], out, partials[number]);
+        const Later<T> next = later<T>(batch, layer, index, number + pool.threads());
+        attend(cache, q, m.attention_scale, scratch[thread], out, partials[number], next);
     }
 
     // All heads' outputs for a token, from the shares of positions.
     void combine(const Batch& batch, int t, float* to, int end) const {
         const int run = run_of[t], begin = batch.run_start[run];
         const int rows = (batch.run_start[run + 1] - begin) * group, tiles = (rows + ROWS - 1) / ROWS;
+        const int across = m.kv_heads * tiles;  // from a share of the positions to the next
         for (int head = 0; head < m.heads; head++) {
             const int row = (t - begin) * group + head % group, lane = row % ROWS;
-            const int first = first_task[run] + ((head / group) * tiles + row / ROWS) * splits[run];
+            const int first = first_task[run] + head / group * tiles + row / ROWS;
             float most = -INFINITY, total = 0;
-            for (int s = 0; s < splits[run]; s++) most = std::max(most, partials[first + s].most[lane]);
+            for (int s = 0; s < splits[run]; s++) most = std::max(most, partials[first + s * across].most[lane]);
             float* out = to + size_t(head) * m.head_dim;
             std::fill(out, out + m.head_dim, 0.0f);
             for (int s = 0; s < splits[run]; s++) {
-                const Partial& part = partials[first + s];
+                const Partial& part = partials[first + s * across];
                 if (part.most[lane] == -INFINITY) continue;
                 const float weight = std::exp(part.most[lane] - most);
-                const float* from = parts.data() + (size_t(first + s) * ROWS + lane) * head_width;
+                const float* from = parts.data() + (size_t(first + s * across) * ROWS + lane) * head_width;
                 total += weight * part.total[lane];
                 for (int d = 0; d < m.head_dim; d++) out[d] += weight * from[d];
             }
@@ -326,6 +358,7 @@ class Step {
                     activated.data() + size_t(t + c) * stride + block / 2 * LANES,
                     mul(is_silu ? silu(y[0][c]) : gelu_tanh(y[0][c]), y[1][c]));
         });
+        warm(layer.down, thread);
         pool.barrier();
     }
 
