@@ -2,9 +2,10 @@
 
     python benchmarks/native.py [--rounds 5] [--out FOLDER] [--skip llama vllm]
 
-All arms take turns in one process, round after round, on the same text: 128 tokens in, 128 out, greedy. Beside each native
-arm the machine reads the same packed weights: the limit of a step is those bytes, and its keys and values, over that rate.
-Ratios are medians over rounds of one round's two figures, with the smallest and the largest.
+All arms take turns in one process, round after round, on the same text: 128 tokens in, 128 out, greedy; what is compared goes
+side by side. The limit of a step is its bytes, weights with keys and values, over the rate at which the machine reads the same
+packed weights. On a shared machine that rate doubles and halves within a second, so each token's step is followed by one read,
+and a round's share is the median over its tokens. Ratios are medians over rounds, with the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -16,11 +17,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from native_arms import Llama, Vllm, fill, native_decode, seconds, stock_batch, stock_decode, stock_prefill, verify
+from native_arms import (
+    Llama,
+    Vllm,
+    fill,
+    native_decode,
+    seconds,
+    stock_batch,
+    stock_decode,
+    stock_prefill,
+    token_seconds_beside_reads,
+    verify,
+)
 
 from infopt import __version__, optimize, pipeline, recipe, techniques
 from infopt.arms import ArmSpec
@@ -42,10 +55,9 @@ from infopt.settings import LoadOptions
 HERE = Path(__file__).parent
 THREADS = 2
 PROMPT, NEW, BATCH, LONG = 128, 128, 8, 4096
-#: Reads of the weights in a row before a measurement, and after it: as long as decoding takes, since neighbours come and go.
-READS = 60
 KINDS = ("bfloat16", "int8", "int4")
-GGUF = ("f16", "q8_0", "q4_0", "q4_1")
+#: The GGUF formats that each kind of weights is held against.
+BESIDE = {"bfloat16": ("f16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_1")}
 WINDOWS, WINDOW = 8, 256
 #: (what, arm, arm it is held against, ratio of tokens per second that is wanted)
 RATIOS = [
@@ -87,7 +99,7 @@ class Bench:
         self.native = {kind: self._open(Settings(THREADS, weights=kind)) for kind in KINDS}  # type: ignore[arg-type]
         self.single = self._open(Settings(1, weights="int8"))
         self.swapped = self._open(Settings(THREADS, weights="int8", head="int8", way="swapped"))
-        self.llama = {} if "llama" in skip else {kind: Llama(kind) for kind in GGUF}
+        self.llama = {} if "llama" in skip else {kind: Llama(kind) for kinds in BESIDE.values() for kind in kinds}
         self.vllm = Vllm(demo.fetch()) if "vllm" not in skip and Vllm.is_installed() else None
         self.samples: dict[str, list[float]] = {}
         self.limits: dict[str, list[float]] = {}
@@ -108,9 +120,10 @@ class Bench:
         per_s, expected = stock_decode(self.stock["fp32"], prompt, NEW)
         self.note("stock fp32", per_s)
         self.note("stock bf16", stock_decode(self.stock["bf16"], prompt, 32)[0])
-        for kind, llama in self.llama.items():
-            self.note(f"llama.cpp {kind}", NEW / llama.time(prompt, NEW)[1])
         for kind, model in self.native.items():
+            for beside in BESIDE[kind]:
+                if beside in self.llama:
+                    self.note(f"llama.cpp {beside}", NEW / self.llama[beside].time(prompt, NEW)[1])
             self._native(kind, model, prompt, expected)
         self.note("int8, 1 thread", native_decode(self.single.step, [prompt], NEW)[0])
         self._busy(prompt)
@@ -130,18 +143,24 @@ class Bench:
 
     def _native(self, kind: str, model: NativeModel, prompt: list[int], expected: tuple[int, ...]) -> None:
         step: Any = model.step
-        before = _sustained(step)
         per_s, ids = native_decode(step, [prompt], NEW)
-        rate = max(before, _sustained(step))
         self.note(kind, per_s)
-        needed = step.read_bytes + step.kv_bytes(PROMPT + NEW / 2)
-        self.limits.setdefault(kind, []).append(per_s * needed / rate)
-        self.note(f"memory read, GB/s, {kind}", rate / 1e9)
+        self._share(kind, step, prompt, NEW)
         self.same.setdefault(kind, []).append(
             next((i for i, (a, b) in enumerate(zip(ids, expected, strict=True)) if a != b), NEW)
         )
         for count in (4, 8):
             self.note(f"verify {count} over 1, {kind}", verify(step, prompt, count))
+
+    def _share(self, arm: str, step: Any, prompt: list[int], new: int) -> None:
+        """Decodes once more, reading the weights after each token: its bytes per second over those of the reads beside it."""
+        took, per_byte = token_seconds_beside_reads(step, prompt, new)
+        needed = step.read_bytes + step.kv_bytes(len(prompt) + new / 2)
+        shares = [
+            needed * (before + after) / 2 / seconds for seconds, (before, after) in zip(took[1:], pairwise(per_byte), strict=True)
+        ]
+        self.limits.setdefault(arm, []).append(statistics.median(shares))
+        self.note(f"memory read, GB/s, {arm}", 1 / statistics.median(per_byte) / 1e9)
 
     def _busy(self, prompt: list[int]) -> None:
         with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
@@ -151,12 +170,9 @@ class Bench:
     def _longer(self, start: int) -> None:
         step: Any = self.native["int8"].step
         ids = (self.ids[start:] + self.ids)[:LONG]
-        before = _sustained(step)
         per_s, _ = native_decode(step, [ids], 48)
-        rate = max(before, _sustained(step))
         self.note(f"{LONG} tokens, int8", per_s)
-        needed = step.read_bytes + step.kv_bytes(LONG + 24)
-        self.limits.setdefault(f"{LONG} tokens, int8", []).append(per_s * needed / rate)
+        self._share(f"{LONG} tokens, int8", step, ids, 48)
 
     def _lookup(self, start: int) -> None:
         """Prompt lookup over plain decoding, twice each in turns: on code that is to be repeated, and on prose."""
@@ -205,11 +221,6 @@ class Bench:
             kld, ratio = seen.kld_mean, seen.ppl_ratio
             found[name] = {"kld": kld.estimate if kld else None, "ppl_ratio": ratio.estimate if ratio else None}
         return found
-
-
-def _sustained(step: Any) -> float:
-    """Bytes per second of reading the weights over and over."""
-    return float(READS / sum(1 / step.read_bytes_per_s() for _ in range(READS)))
 
 
 def _calibrated() -> Any:

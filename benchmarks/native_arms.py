@@ -17,7 +17,7 @@ from infopt.engines.transformers import TransformersEngine
 from infopt.export import export
 from infopt.model.cache import cache_dir
 from infopt.protocols import Request
-from infopt.runtime.loop import Ask, Loop
+from infopt.runtime.loop import Answer, Ask, Loop, Told
 from infopt.runtime.steps import Run
 from infopt.settings import LoadOptions
 
@@ -101,6 +101,22 @@ def native_decode(step: Any, prompts: list[list[int]], new: int) -> tuple[float,
     times: list[float] = []
     answers = Loop(step).run([Ask(tuple(prompt), new) for prompt in prompts], lambda told, _: times.append(told.seconds))
     return len(prompts) * (len(times) - 1) / (times[-1] - times[0]), answers[0].ids
+
+
+def token_seconds_beside_reads(step: Any, prompt: list[int], new: int) -> tuple[list[float], list[float]]:
+    """Seconds of each token, the prompt's first; and seconds per byte of reading all weights once, which follows every token."""
+    took: list[float] = []
+    per_byte: list[float] = []
+    since = time.perf_counter()
+
+    def after_a_token(told: Told, answers: list[Answer]) -> None:
+        nonlocal since
+        took.append(time.perf_counter() - since)
+        per_byte.append(1 / step.read_bytes_per_s())
+        since = time.perf_counter()
+
+    Loop(step).run([Ask(tuple(prompt), new)], after_a_token)
+    return took, per_byte
 
 
 def fill(step: Any, prompt: list[int]) -> None:

@@ -407,7 +407,6 @@ inline double Step::read_seconds(const uint8_t* data, int64_t bytes) {
         const int64_t end = bytes * (thread + 1) / pool.threads() / 256 * 256;
         for (int64_t i = bytes * thread / pool.threads() / 256 * 256; i < end; i += 256) {
             const float* p = (const float*)(data + i);
-            for (int line = 0; line < 4; line++) prefetch(p + line * LANES);
             a = max(a, load(p));
             b = max(b, load(p + 16));
             c = max(c, load(p + 32));
