@@ -28,6 +28,7 @@ from infopt.arms import ArmSpec
 from infopt.artifact import read_artifact
 from infopt.data import texts
 from infopt.errors import InfoptError
+from infopt.measure import environment
 from infopt.model import checkpoint, load
 from infopt.quality import fidelity
 from infopt.settings import LoadOptions
@@ -109,6 +110,8 @@ class Scored:
     """Of the layers that are stored packed, scales included."""
     seconds: float
     peak_bytes: int | None
+    machine: str
+    """The processor that the seconds are of."""
 
 
 class Bench:
@@ -140,7 +143,7 @@ class Bench:
         return Scored(
             [float(w.kld.mean()) for w in found.windows], kld.estimate, ratio.estimate, ratio.low, ratio.high, top1.estimate,
             checkpoint.tensor_bytes(folder), bits_per_weight(folder), sum(step.seconds for step in made.steps),
-            max((step.peak_bytes or 0 for step in made.steps), default=None),
+            max((step.peak_bytes or 0 for step in made.steps), default=None), environment.gather("cpu", None, None)["cpu"],
         )  # fmt: skip
 
 
@@ -162,13 +165,14 @@ def bits_per_weight(folder: Path) -> float | None:
 def markdown(document: dict[str, Any]) -> str:
     """The same for people."""
     size = document["calibration"]
+    machines = ", ".join(dict.fromkeys(arm["machine"] for arm in document["arms"].values()))
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
     lines = [
         f"# What each method saves: `{document['model']}`",
         "",
         f"{document['windows']} windows of {document['tokens']} tokens that calibration never saw, against the unquantized model "
         f"in float32; {size['samples']} × {size['tokens']} calibration tokens; 95 % intervals over windows. Seconds are those of "
-        f"the steps, measured once. {versions}.",
+        f"the steps, measured once ({machines}). {versions}.",
         "",
         "| recipe | KLD, nats | perplexity × | top-1 | stored | to make |",
         "|---|---:|---|---:|---:|---:|",
