@@ -143,7 +143,7 @@ class Bench:
         return Scored(
             [float(w.kld.mean()) for w in found.windows], kld.estimate, ratio.estimate, ratio.low, ratio.high, top1.estimate,
             checkpoint.tensor_bytes(folder), bits_per_weight(folder), sum(step.seconds for step in made.steps),
-            max((step.peak_bytes or 0 for step in made.steps), default=None), environment.gather("cpu", None, None)["cpu"],
+            max((step.peak_bytes or 0 for step in made.steps), default=None), environment.cpu_model(),
         )  # fmt: skip
 
 
