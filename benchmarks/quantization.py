@@ -26,7 +26,7 @@ from safetensors import safe_open
 from infopt import host, optimize, pipeline, recipe, techniques, units
 from infopt.arms import ArmSpec
 from infopt.artifact import read_artifact
-from infopt.data import texts
+from infopt.data import calibration, texts
 from infopt.errors import InfoptError
 from infopt.measure import environment
 from infopt.model import checkpoint, load
@@ -118,10 +118,21 @@ class Bench:
     def __init__(self, model: str, windows: int) -> None:
         self.model = model
         bundle = load.load(pipeline.resolve(model, OPTIONS))
+        self.folder = bundle.model.name_or_path
         ids = bundle.tokenizer(texts.read_text("bundled", "evaluation"), verbose=False)["input_ids"]
         self.windows = texts.windows(ids, TOKENS, windows)
+        self.tokenizer = bundle.tokenizer
         with torch.inference_mode():
             self.reference = [bundle.model(input_ids=torch.tensor([w]), use_cache=False).logits for w in self.windows]
+
+    def write_texts(self, path: Path) -> None:
+        """The windows, and the calibration text of the 4-bit recipes, as token ids: for what runs elsewhere."""
+        section = recipe.load("awq_int4", techniques.find).calibration
+        assert section
+        written = calibration.windows(calibration.read(section), section, self.tokenizer)
+        folder = self.folder
+        document = {"folder": str(folder), "calibration": written, "windows": self.windows}
+        path.write_text(json.dumps(document), encoding="utf-8")
 
     def score(self, name: str) -> Scored:
         chosen = chosen_recipe(name)
@@ -275,8 +286,11 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--only", nargs="*", choices=ARMS, default=ARMS)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--write-texts", type=Path, help="what modelopt_awq.py reads")
     asked = parser.parse_args()
     bench = Bench(asked.model, asked.windows)
+    if asked.write_texts:
+        bench.write_texts(asked.write_texts)
     facts = {
         "model": asked.model, "windows": len(bench.windows), "tokens": TOKENS, "calibration": CALIBRATION,
         "versions": host.versions(), "python": platform.python_version(),
