@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from infopt.runtime.steps import Output, Run
+from infopt.runtime.steps import Output, Room, Run
 
 VOCABULARY = 211
 BASE = {
@@ -70,7 +70,7 @@ class DoubleStep:
     def length(self, sequence: list[int]) -> int:
         return len(sequence)
 
-    def require(self, tokens: int, sequences: int) -> None: ...
+    def require(self, rooms: Sequence[Room]) -> None: ...
 
     def cut(self, sequence: list[int], length: int) -> None:
         del sequence[length:]

@@ -10,7 +10,7 @@ import torch
 
 from infopt.protocols import Sampling
 from infopt.runtime.sampling import draw, probabilities
-from infopt.runtime.steps import Run, Step
+from infopt.runtime.steps import Room, Run, Step
 
 #: Tokens that a drafting model may lack of a text before it reads them by themselves.
 BEHIND = 16
@@ -52,8 +52,8 @@ class Drafter(Protocol):
         """What is kept for a row."""
         ...
 
-    def require(self, tokens: int, rows: int) -> None:
-        """Refuses, before anything is computed, what memory will not hold of so many rows. Raises InputError."""
+    def require(self, rooms: Sequence[Room]) -> None:
+        """Refuses, before anything is computed, what memory will not hold of the target's rows. Raises InputError."""
         ...
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None:
@@ -87,7 +87,7 @@ class PromptLookup:
     def open(self) -> Seen:
         return Seen()
 
-    def require(self, tokens: int, rows: int) -> None: ...
+    def require(self, rooms: Sequence[Room]) -> None: ...
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None: ...
 
@@ -136,8 +136,10 @@ class ModelDraft:
     def open(self) -> Ahead:
         return Ahead(self.step.open())
 
-    def require(self, tokens: int, rows: int) -> None:
-        self.step.require(min(tokens, self.step.context), rows)
+    def require(self, rooms: Sequence[Room]) -> None:
+        self.step.require(
+            [Room(min(room.tokens, self.step.context), room.sequences) for room in rooms]
+        )  # each row reads for itself
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None:
         behind = [each for each in wanted if self._most(each) > 0 and len(each.ids) - len(each.state.ids) > BEHIND]

@@ -18,7 +18,7 @@ from infopt.protocols import Sampling
 from infopt.runtime.draft_length import DraftLength
 from infopt.runtime.drafts import Draft, Drafter, Wanted
 from infopt.runtime.sampling import accept, draw, generator, penalised, probabilities
-from infopt.runtime.steps import Output, Run, Step
+from infopt.runtime.steps import Output, Room, Run, Step
 
 Finish = Literal["length", "token", "text", "cancelled"]
 
@@ -126,7 +126,7 @@ class Loop:
                     self.drafter.close(row.state)
 
     def _check(self, asks: Sequence[Ask]) -> None:
-        longest = rows = 0
+        rooms = []
         for ask in asks:
             total = len(ask.prompt_ids) + ask.max_new_tokens
             if not ask.prompt_ids or ask.max_new_tokens < 1:
@@ -141,10 +141,10 @@ class Loop:
                 raise InputError(f"prompt token {bad[0]}; allowed: 0 … {self.step.vocabulary - 1}")
             if ask.stop_texts and ask.decode is None:
                 raise InputError("stop texts need a tokenizer", hint="give stop tokens instead")
-            longest, rows = max(longest, total), rows + ask.sampling.candidates
-        self.step.require(longest, rows)
+            rooms.append(Room(total, ask.sampling.candidates, len(ask.prompt_ids)))
+        self.step.require(rooms)
         if self.drafter:
-            self.drafter.require(longest, rows)
+            self.drafter.require(rooms)
 
     def _prefill(self, asks: Sequence[Ask], start: float, listen: Callable[[Told, list[Answer]], None]) -> list[Row]:
         """All prompts in one step, each once; its candidates are forks of it."""

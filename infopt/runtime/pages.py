@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from infopt import units
 from infopt.errors import InputError
 from infopt.kernels.arena import Arena
+from infopt.runtime.steps import Room
 
 PAGE = 64
 """Positions of a page."""
@@ -39,14 +42,17 @@ class Pages:
         """Taken from the system so far."""
         return len(self._memory) * self.page_bytes
 
-    def require(self, tokens: int, sequences: int = 1) -> None:
+    def require(self, rooms: Iterable[Room]) -> None:
         """Refuses what will not fit, before anything is computed. Raises InputError with both figures."""
-        needed = sequences * -(-tokens // PAGE) * self.page_bytes
+        rooms = list(rooms)
+        # A page that is full before a fork is one page; of a page that each goes on writing to, each has its own.
+        pages = sum(each.sequences * -(-each.tokens // PAGE) - (each.sequences - 1) * (each.shared // PAGE) for each in rooms)
+        needed = pages * self.page_bytes
         available = self.most_bytes - (len(self._memory) - len(self._free)) * self.page_bytes
         if needed > available:
+            texts = " and ".join(f"{count} × {tokens}" for tokens, count in _counted(rooms))
             raise InputError(
-                f"keys and values of {sequences} × {tokens} tokens take {units.size(needed)}; "
-                f"{units.size(max(0, available))} are left",
+                f"keys and values of {texts} tokens take {units.size(needed)}; {units.size(max(0, available))} are left",
                 hint="a shorter context, fewer sequences, or cache: {dtype: float16}",
             )
 
@@ -102,3 +108,15 @@ class Pages:
     def _renew(self, sequence: Sequence) -> None:
         addresses = [self._memory[page].data_ptr() for page in sequence.pages]
         sequence.table = (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+def _counted(rooms: Iterable[Room], most: int = 3) -> list[tuple[str, int]]:
+    """(tokens, how many sequences of them), the longest first; the shorter ones, beyond `most`, as one."""
+    found: Counter[int] = Counter()
+    for room in rooms:
+        found[room.tokens] += room.sequences
+    longest = sorted(found.items(), reverse=True)
+    rest = sum(count for _, count in longest[most - 1 :])
+    if len(longest) <= most:
+        return [(str(tokens), count) for tokens, count in longest]
+    return [*((str(tokens), count) for tokens, count in longest[: most - 1]), (f"up to {longest[most - 1][0]}", rest)]

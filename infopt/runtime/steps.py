@@ -23,6 +23,15 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Room:
+    """What `sequences` of `tokens` positions will want, whose first `shared` positions are the same and forked from one."""
+
+    tokens: int
+    sequences: int = 1
+    shared: int = 0
+
+
+@dataclass(frozen=True)
 class Output:
     """For every position asked for, run after run: the likeliest token, by how much (logits), and all logits if wanted."""
 
@@ -45,7 +54,7 @@ class Step(Protocol):
 
     def length(self, sequence: Any) -> int: ...
 
-    def require(self, tokens: int, sequences: int) -> None:
+    def require(self, rooms: Sequence[Room]) -> None:
         """Refuses, before anything is computed, what memory will not hold. Raises InputError."""
         ...
 

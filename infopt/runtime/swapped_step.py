@@ -12,7 +12,7 @@ import torch
 from infopt.errors import InputError
 from infopt.runtime.decoder import Unfit
 from infopt.runtime.kernel_linear import swap
-from infopt.runtime.steps import PROMPT, Output, Run
+from infopt.runtime.steps import PROMPT, Output, Room, Run
 from infopt.runtime.weights import Wanted
 
 #: Tokens up to which all work between linear layers is too small to share.
@@ -75,7 +75,7 @@ class SwappedStep:
     def length(self, sequence: Cached) -> int:
         return sequence.length
 
-    def require(self, tokens: int, sequences: int) -> None:
+    def require(self, rooms: Sequence[Room]) -> None:
         """transformers' caches grow as they are used: nothing is known beforehand."""
 
     def cut(self, sequence: Cached, length: int) -> None:

@@ -22,7 +22,7 @@ from infopt.kernels.library import CBatch, CLayer, CMatrix, CModel, Pointers
 from infopt.kernels.packed import Packed
 from infopt.runtime.decoder import Block, Decoder, Unfit, describe
 from infopt.runtime.pages import PAGE, Pages, Sequence
-from infopt.runtime.steps import PROMPT, Output, Run
+from infopt.runtime.steps import PROMPT, Output, Room, Run
 from infopt.runtime.weights import Wanted, head_kind, joined, release, require
 
 #: Tokens that go through the layers together at most: enough that weights are read from the cache, few enough to stay there.
@@ -124,8 +124,8 @@ class WholeStep:
     def length(self, sequence: Sequence) -> int:
         return sequence.length
 
-    def require(self, tokens: int, sequences: int) -> None:
-        self.pages.require(tokens, sequences)
+    def require(self, rooms: Several[Room]) -> None:
+        self.pages.require(rooms)
 
     def cut(self, sequence: Sequence, length: int) -> None:
         self.pages.cut(sequence, length)

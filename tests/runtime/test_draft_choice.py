@@ -18,7 +18,7 @@ from infopt.runtime.draft_length import DraftLength
 from infopt.runtime.drafts import Draft, ModelDraft, Wanted
 from infopt.runtime.loop import Ask, Loop
 from infopt.runtime.native_model import NativeModel, Settings, open_native
-from infopt.runtime.steps import Output, Run
+from infopt.runtime.steps import Output, Room, Run
 
 FLOAT = Settings(2, "float32", "float32", "float32")
 PROMPT = tuple((5 * i * i + 3) % VOCABULARY for i in range(20))
@@ -52,7 +52,7 @@ class Known:
 
     def open(self) -> None: ...
 
-    def require(self, tokens: int, rows: int) -> None: ...
+    def require(self, rooms: Sequence[Room]) -> None: ...
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None: ...
 

@@ -19,6 +19,7 @@ from infopt.runtime.draft_length import RETRY, DraftLength
 from infopt.runtime.drafts import Draft, ModelDraft, PromptLookup, Wanted
 from infopt.runtime.loop import Answer, Ask, Loop, Told
 from infopt.runtime.sampling import accept, draw, generator, probabilities
+from infopt.runtime.steps import Room
 
 
 class Adversary:
@@ -31,7 +32,7 @@ class Adversary:
 
     def open(self) -> None: ...
 
-    def require(self, tokens: int, rows: int) -> None: ...
+    def require(self, rooms: Sequence[Room]) -> None: ...
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None: ...
 

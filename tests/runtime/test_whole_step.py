@@ -15,7 +15,7 @@ from infopt.errors import InputError
 from infopt.runtime import architecture
 from infopt.runtime.decoder import Unfit
 from infopt.runtime.pages import PAGE
-from infopt.runtime.steps import Run
+from infopt.runtime.steps import Room, Run
 from infopt.runtime.whole_step import CHUNK, WholeStep
 
 Make = Callable[..., Any]
@@ -203,7 +203,7 @@ def test_a_token_has_the_same_logits_however_many_are_verified_with_it(make: Mak
 def test_too_much_is_refused_before_anything_is_computed(make: Make) -> None:
     step = WholeStep(make(), threads=2, most_kv_bytes=300_000)
     with pytest.raises(InputError, match=r"8 × 400 tokens take .* MB; .* kB are left"):
-        step.require(400, 8)
+        step.require([Room(400, 8)])
     sequence = step.open()
     with pytest.raises(InputError, match="the model's context allows 512"):
         step.run([Run(sequence, IDS * 2, all_logits=True)])
@@ -257,3 +257,15 @@ def test_what_does_not_fit_is_refused_with_the_reason(name: str) -> None:
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**base, **own))
     with pytest.raises(Unfit, match=reason):
         architecture.check(model, threads=2)
+
+
+def test_room_is_counted_by_row_and_shared_prompts_once(make: Make) -> None:
+    step = WholeStep(make(), threads=1)
+    page = step.pages.page_bytes
+    limited = WholeStep(make(), threads=1, most_kv_bytes=10 * page)
+    limited.require([Room(400), Room(64), Room(100)])  # 7 + 1 + 2 pages, where 3 × 400 tokens would take 21
+    limited.require([Room(200, sequences=7, shared=192)])  # 3 pages together and one of each
+    with pytest.raises(InputError, match=r"1 × 400 and 2 × 100 tokens take"):
+        limited.require([Room(400), Room(100), Room(100)])
+    with pytest.raises(InputError, match=r"7 × 200 tokens take"):
+        limited.require([Room(200, sequences=7, shared=191)])
