@@ -53,14 +53,19 @@ def sets(kind: str | None = None) -> dict[str, tuple[set[str], tuple[str, ...]]]
 
 
 @lru_cache(maxsize=1)
-def usable() -> tuple[str, ...]:
-    """The instruction sets that this processor has, best first."""
+def features() -> frozenset[str]:
+    """What this processor has, by Linux's names; nothing on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return ("plain",)
-    found = next((set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))), set[str]())
-    return tuple(name for name, (features, _) in sets().items() if features <= found)
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
+
+
+@lru_cache(maxsize=1)
+def usable() -> tuple[str, ...]:
+    """The instruction sets that this processor has, best first."""
+    return tuple(name for name, (needed, _) in sets().items() if needed <= features())
 
 
 def file_name(isa: str, kind: str | None = None) -> str:
