@@ -69,9 +69,9 @@ def main() -> None:
         found = klds(quantized, reference, given["windows"])
         arms[name] = {"kld": found, "kld_mean": sum(found) / len(found), "seconds": seconds}
         print(f"{name}: KLD {arms[name]['kld_mean']:.4f}, {seconds:.0f} s", flush=True)
-    if asked.out:
-        document = {"modelopt": modelopt.__version__, "torch": torch.__version__, "group_size": GROUP, "arms": arms}
-        asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        if asked.out:
+            document = {"modelopt": modelopt.__version__, "torch": torch.__version__, "group_size": GROUP, "arms": arms}
+            asked.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -241,6 +241,29 @@ def test_a_half_written_block_does_not_count(tmp_path: Path) -> None:
     assert worked == [1]
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 products here")
+def test_forward_passes_may_be_rounded_and_what_methods_add_up_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infopt.kernels.onednn._has_vectors", lambda: True)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def see(name: str, x: torch.Tensor) -> None:
+        h = Hessian()
+        h.add(x)
+        seen.append((x.clone(), h.mean()))
+
+    blocks.walk(opened(), CONTEXT, IGNORE, lambda block: block.observe([name for name in block.linears if "down" in name], see))
+    rounded = [torch.equal(x, x.bfloat16().float()) for x, _ in seen]
+    assert not any(rounded), "products of rounded results are none themselves"
+    for x, hessian in seen:
+        expected = 2 * x.double().T @ x.double() / len(x)
+        assert (hessian.double() - expected).norm() < 1e-5 * expected.norm()
+    exact = block_inputs(opened())
+    drifted: list[torch.Tensor] = []
+    blocks.walk(opened(), CONTEXT, IGNORE, lambda block: drifted.append(torch.cat(block.inputs)))
+    assert torch.equal(drifted[0], exact[0])
+    assert 1e-5 * exact[-1].norm() < (drifted[-1] - exact[-1]).norm() < 1e-2 * exact[-1].norm()
+
+
 def test_the_hessian_is_that_of_the_squared_error() -> None:
     torch.manual_seed(0)
     x = torch.randn(700, 300)

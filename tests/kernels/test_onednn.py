@@ -70,6 +70,29 @@ def test_operands_are_rounded_where_that_is_allowed_and_only_there() -> None:
     assert (y - exact).norm() < 5e-3 * exact.norm()
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 products here")
+@pytest.mark.parametrize("bias", [True, False])
+def test_results_are_rounded_where_that_is_allowed_and_the_innermost_mode_decides(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "_has_tiles", lambda: False)
+    monkeypatch.setattr(onednn, "_has_vectors", lambda: True)
+    layer = torch.nn.Linear(64, 32, bias=bias).requires_grad_(False)
+    x = torch.randn(40, 64)
+    exact = linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    with OneDnn(rounded=True, results=True):
+        rounded = layer(x)
+        with OneDnn(rounded=True):
+            inner = layer(x)
+    with OneDnn(results=True):  # nothing was said of operands
+        unasked = layer(x)
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert 1e-4 * exact.norm() < (rounded - exact).norm() < 1e-2 * exact.norm()
+    for found in (inner, unasked):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("rounded", [True, False])
 def test_attention_is_what_it_was(rounded: bool) -> None:
     q, k, v = torch.randn(3, 1, 4, 20, 16)

@@ -157,3 +157,4 @@ def demo_quality(demo_folder: Path) -> Callable[[Bundle], float]:
 def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Definitions are held in float32, on processors too where calibration would round operands to bfloat16."""
     monkeypatch.setattr("infopt.kernels.onednn._has_tiles", lambda: False)
+    monkeypatch.setattr("infopt.kernels.onednn._has_vectors", lambda: False)
