@@ -14,7 +14,8 @@
 
 namespace INFOPT_ISA {
 
-constexpr int ROWS = 6;  // queries that share a pass over the keys
+constexpr int ROWS = 6;       // queries that share a pass over the keys
+constexpr int STRETCH = 128;  // positions that a task attends to, where there are several for some queries
 
 static inline int padded(int n, int to = LANES) { return (n + to - 1) / to * to; }
 
@@ -78,9 +79,10 @@ struct Later {
 
     // Where the keys of block i of them lie; null beyond the last.
     const char* block(int i) const { return first + i * LANES < last ? (const char*)cache.keys(first + i * LANES) : nullptr; }
+    // The first task's, which no other came before.
     void ask() const {
-        for (int i = 0; const char* at = block(i); i++)
-            for (int b = 0; b < LANES * cache.m.head_dim * int(sizeof(T)); b += 64) __builtin_prefetch(at + b, 0, 2);
+        for (int i = 0; i < STRETCH / LANES && block(i); i++)
+            for (int b = 0; b < LANES * cache.m.head_dim * int(sizeof(T)); b += 64) __builtin_prefetch(block(i) + b, 0, 2);
     }
 };
 
@@ -94,7 +96,7 @@ template <class T, int N, int BLOCKS>
 [[gnu::noinline]] static void score_blocks(const Cache<T>& cache, const Queries& q, float scale, float* scores, int stride, int p) {
     const T* keys[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) keys[b] = cache.keys(p + b * LANES);
-    const T* soon = cache.values(p);  // at most two blocks: in one page
+    const T* soon = cache.values(p);  // these positions', asked for meanwhile
     F sums[BLOCKS][N];
     UNROLLED for (int b = 0; b < BLOCKS; b++)
         UNROLLED for (int r = 0; r < N; r++) sums[b][r] = zero();

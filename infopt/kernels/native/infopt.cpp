@@ -1,7 +1,7 @@
 // The library's C interface. One library is built for each instruction set, and Python loads the one that fits: no code of
 // another one can be reached by accident.
 #include "pack.h"
-#include "step.h"
+#include "reading.h"
 
 using namespace INFOPT_ISA;
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -29,8 +29,6 @@ struct Best {
         }
     }
 };
-
-constexpr int STRETCH = 128;  // positions that a task attends to, where there are several for some queries
 
 // Some rows (token × query head of one key/value head) of a run, and a share of the positions behind them.
 struct Task {
@@ -211,7 +209,7 @@ class Step {
             for (size_t task = thread; task < tasks.size(); task += pool.threads()) attend_task<T>(batch, layer, index, task, thread);
             pool.barrier();
             in = prepare(layer.output, tokens, thread, [&](int t, float* to) { combine(batch, t, to, layer.output.inner); });
-            join<2>(layer.output, in, tokens, thread, layer.attention_out_norm, layer.gate_up);
+            join(layer.output, in, tokens, thread, layer.attention_out_norm, layer.gate_up, 2);
             in = prepare(layer.gate_up, tokens, thread, [&](int t, float* to) { normed(t, layer.feed_norm, to); });
             feed(layer, in, tokens, thread);
             in = prepare(layer.down, tokens, thread, [&](int t, float* to) {
@@ -235,9 +233,9 @@ class Step {
         return true;
     }
 
-    // Adds a product to the hidden states, through a norm of its own where the layer has one.
-    template <int TOGETHER = 1>
-    void join(const Matrix& w, const Inputs& in, int tokens, int thread, const float* norm, const Matrix& next) {
+    // Adds a product to the hidden states, through a norm of its own where the layer has one. The product after it is of `next`,
+    // `together` blocks at a time.
+    void join(const Matrix& w, const Inputs& in, int tokens, int thread, const float* norm, const Matrix& next, int together = 1) {
         float* target = norm ? added.data() : hidden.data();
         products(w, in, tokens, thread, [&](int block, int t, int columns, F(*y)[MOST_TOGETHER]) {
             for (int c = 0; c < columns; c++) {
@@ -245,7 +243,7 @@ class Step {
                 store(to, norm ? y[0][c] : add(load(to), y[0][c]));
             }
         });
-        warm(next, thread, TOGETHER);
+        warm(next, thread, together);
         pool.barrier();
         if (!norm) return;
         for (int t = thread; t < tokens; t += pool.threads()) {
@@ -398,24 +396,5 @@ class Step {
         }
     }
 };
-
-inline double Step::read_seconds(const uint8_t* data, int64_t bytes) {
-    std::vector<float> found(pool.most());
-    const auto start = std::chrono::steady_clock::now();
-    pool.run([&](int thread) {
-        F a = zero(), b = zero(), c = zero(), d = zero();
-        const int64_t end = bytes * (thread + 1) / pool.threads() / 256 * 256;
-        for (int64_t i = bytes * thread / pool.threads() / 256 * 256; i < end; i += 256) {
-            const float* p = (const float*)(data + i);
-            a = max(a, load(p));
-            b = max(b, load(p + 16));
-            c = max(c, load(p + 32));
-            d = max(d, load(p + 48));
-        }
-        found[thread] = largest(max(max(a, b), max(c, d)));
-    });
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    return found[0] == 12345.678f ? 0 : seconds;  // so that the reads are not left out
-}
 
 }  // namespace INFOPT_ISA
