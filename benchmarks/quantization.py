@@ -176,22 +176,22 @@ def bits_per_weight(folder: Path) -> float | None:
 def markdown(document: dict[str, Any]) -> str:
     """The same for people."""
     size = document["calibration"]
-    machines = ", ".join(dict.fromkeys(arm["machine"] for arm in document["arms"].values()))
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
     lines = [
         f"# What each method saves: `{document['model']}`",
         "",
         f"{document['windows']} windows of {document['tokens']} tokens that calibration never saw, against the unquantized model "
         f"in float32; {size['samples']} × {size['tokens']} calibration tokens; 95 % intervals over windows. Seconds are those of "
-        f"the steps, measured once ({machines}). {versions}.",
+        f"the steps, measured once. {versions}.",
         "",
-        "| recipe | KLD, nats | perplexity × | top-1 | stored | to make |",
-        "|---|---:|---|---:|---:|---:|",
+        "| recipe | KLD, nats | perplexity × | top-1 | stored | to make | on |",
+        "|---|---:|---|---:|---:|---:|---|",
     ]
     for name, arm in document["arms"].items():
         ratio = f"{arm['ppl_ratio']:.4f} [{arm['ppl_ratio_low'] or 0:.4f}, {arm['ppl_ratio_high'] or 0:.4f}]"
         stored, seconds = units.size(arm["weights_bytes"]), f"{arm['seconds']:.0f} s"
-        lines.append(f"| `{name}` | {arm['kld_mean']:.4f} | {ratio} | {arm['top1_agreement']:.1%} | {stored} | {seconds} |")
+        made = f"{stored} | {seconds} | {arm['machine']}"
+        lines.append(f"| `{name}` | {arm['kld_mean']:.4f} | {ratio} | {arm['top1_agreement']:.1%} | {made} |")
     lines += [
         "",
         "| share of the baseline's KLD that is removed | baseline | candidate | share | wanted |",

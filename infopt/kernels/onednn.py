@@ -41,7 +41,8 @@ class OneDnn(TorchFunctionMode):
     ) -> Any:
         if func is linear and not kwargs and _takes(*args):
             if self._results:
-                return _linear(*(None if part is None else part.bfloat16() for part in (*args, None)[:3])).float()
+                x, weight, bias = (*args, None)[:3]
+                return _linear(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()).float()
             with _rounding() if self._rounded else nullcontext():
                 return _linear(*args)
         if self._rounded and func is scaled_dot_product_attention and len(args) >= 3 and _takes(*args[:3]):
