@@ -151,7 +151,9 @@ def test_prompts_stay_near_what_their_tokens_give_one_by_one(make: Make, kind: A
     found = last_logits(step, sequence, IDS[:100])
     assert float((found - expected).std() / expected.std()) < most
     assert float((found - one_by_one).std() / expected.std()) < apart
-    assert torch.equal(found, one_by_one) != (" amx," in step.about), "tiles were used where there are some"
+    is_tiled = " amx," in step.about
+    if is_tiled or kind != "bfloat16":  # whose sums go in another order too where several tokens are multiplied together
+        assert torch.equal(found, one_by_one) != is_tiled, "tiles were used where there are some"
     assert float((last_logits(step, sequence, IDS[100:103]) - later).std() / expected.std()) < most
 
 
