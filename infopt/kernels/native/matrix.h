@@ -9,10 +9,14 @@
 namespace INFOPT_ISA {
 
 constexpr int GROUP = 32;          // inputs that are rounded together
-constexpr int AHEAD = 8 << 10;     // bytes ahead of the weights in use
+constexpr int AHEAD = 8 << 10;     // bytes ahead of the weights in use, where several columns keep them there for a while
+constexpr int NEAR = 2 << 10;      // and for one column, whose weights the processor asks for by itself where it is let
 
 // Asks for weights that are needed soon: into the second cache, which takes many more requests at a time than the first.
-static inline void prefetch(const void* p) { __builtin_prefetch((const char*)p + AHEAD, 0, 2); }
+template <int COLUMNS = 8>
+static inline void prefetch(const void* p) {
+    __builtin_prefetch((const char*)p + (COLUMNS == 1 ? NEAR : AHEAD), 0, 2);
+}
 
 // Inputs of a product, [tokens, inner]: as they are, and, for integer weights, rounded to int8 by groups of 32.
 struct Inputs {
@@ -90,7 +94,7 @@ static inline void tile_float32(const Matrix& w, const Inputs& x, int token, int
         UNROLLED for (int c = 0; c < CHAINS; c++) part[m][c] = zero();
     for (int k = 0; k < w.inner; k += CHAINS) {
         UNROLLED for (int c = 0; c < CHAINS; c++, p += LANES) {
-            prefetch(p);
+            prefetch<COLUMNS>(p);
             const F weights = load(p);
             UNROLLED for (int m = 0; m < COLUMNS; m++) part[m][c] = fma(weights, set1(in[size_t(m) * x.inner + k + c]), part[m][c]);
         }
@@ -111,7 +115,7 @@ static inline void tile_bfloat16(const Matrix& w, const Inputs& x, int token, in
         UNROLLED for (int c = 0; c < 2 * CHAINS; c++) part[m][c] = zero();
     for (int k = 0; k < w.inner; k += 2 * CHAINS) {
         UNROLLED for (int c = 0; c < CHAINS; c++, p += 2 * LANES) {
-            prefetch(p);
+            prefetch<COLUMNS>(p);
             F first, second;
             load_bf16_pairs(p, first, second);
             UNROLLED for (int m = 0; m < COLUMNS; m++) {
@@ -152,13 +156,13 @@ static inline void tile_integer(const Matrix& w, const Inputs& x, int token, int
         }
         if (KIND == INT8) {
             for (int k = 0; k < GROUP; k += 4, p += 64) {
-                prefetch(p);
+                prefetch<COLUMNS>(p);
                 const Bytes weights = load_bytes(p);
                 UNROLLED for (int m = 0; m < COLUMNS; m++) dots[m].add8(weights, in + size_t(m) * x.inner + k);
             }
         } else {
             for (int k = 0; k < GROUP; k += 8, p += 64) {
-                prefetch(p);
+                prefetch<COLUMNS>(p);
                 const Bytes both = load_bytes(p), low = low_halves(both), high = high_halves(both);
                 UNROLLED for (int m = 0; m < COLUMNS; m++) {
                     dots[m].add4(low, in + size_t(m) * x.inner + k);
