@@ -137,9 +137,8 @@ class ModelDraft:
         return Ahead(self.step.open())
 
     def require(self, rooms: Sequence[Room]) -> None:
-        self.step.require(
-            [Room(min(room.tokens, self.step.context), room.sequences) for room in rooms]
-        )  # each row reads for itself
+        # Each row is read by itself here: nothing is shared.
+        self.step.require([Room(min(room.tokens, self.step.context), room.sequences) for room in rooms])
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None:
         behind = [each for each in wanted if self._most(each) > 0 and len(each.ids) - len(each.state.ids) > BEHIND]

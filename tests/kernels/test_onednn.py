@@ -58,7 +58,7 @@ def test_outside_nothing_is_intercepted() -> None:
         linear(torch.randn(3, 8), torch.randn(4, 8))
 
 
-@pytest.mark.skipif(not onednn._has_tiles(), reason="this processor multiplies bfloat16 no faster")
+@pytest.mark.skipif(not onednn._has_tiles(), reason="this processor has no bfloat16 tiles")
 def test_operands_are_rounded_where_that_is_allowed_and_only_there() -> None:
     x, weight = torch.randn(40, 64), torch.randn(32, 64)
     exact, rounded = linear(x.double(), weight.double()), linear(x.bfloat16().double(), weight.bfloat16().double())
