@@ -70,7 +70,8 @@ class DoubleStep:
     def length(self, sequence: list[int]) -> int:
         return len(sequence)
 
-    def require(self, rooms: Sequence[Room]) -> None: ...
+    def require(self, rooms: Sequence[Room], beside: float = 0) -> float:
+        return 0.0
 
     def cut(self, sequence: list[int], length: int) -> None:
         del sequence[length:]

@@ -25,10 +25,12 @@ class Example:
         return Example(tuple(ids), (1.0,) * (len(ids) - 1))
 
     @staticmethod
-    def of_answer(prompt: Sequence[int], answer: Sequence[int], weights: Sequence[float] | None = None) -> Example:
-        """`weights`: one for each token of the answer."""
+    def of_answer(
+        prompt: Sequence[int], answer: Sequence[int], weights: Sequence[float] | None = None, asked: float = 0.0
+    ) -> Example:
+        """`weights`: one for each token of the answer; `asked`: that of every token of the prompt."""
         learned = (1.0,) * len(answer) if weights is None else tuple(weights)
-        return Example((*prompt, *answer), (0.0,) * (len(prompt) - 1) + learned)
+        return Example((*prompt, *answer), (asked,) * (len(prompt) - 1) + learned)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Wanted:
     answer: str | None = None
     filter: bool = True
     rationale: float | None = None
+    prompts: float = 0.0
     validation: float = 0.05
 
 
@@ -162,7 +163,7 @@ def _of_rows(
         answered = sift(answered, spelling, thrown)
     examples, groups = [], []
     for each in answered:
-        made = spelling.example(each.lesson, each.response, each.rationale, each.ids, wanted.rationale)
+        made = spelling.example(each.lesson, each.response, each.rationale, each.ids, wanted.rationale, wanted.prompts)
         if len(made.ids) > spelling.context or not made.positions:
             thrown.setdefault("longer than the model's context", []).append((each.lesson.where, short(each.response)))
         else:

@@ -46,11 +46,17 @@ class Spelling:
         return kept
 
     def example(
-        self, lesson: Lesson, response: str, rationale: str | None, own: Sequence[int] = (), share: float | None = None
+        self,
+        lesson: Lesson,
+        response: str,
+        rationale: str | None,
+        own: Sequence[int] = (),
+        share: float | None = None,
+        asked: float = 0.0,
     ) -> Example:
         """`own`: the answer's tokens, rationale and end included, where a model wrote them: they are learned as they are.
 
-        `share`: of the rationale in the loss; None counts every token alike.
+        `share`: of the rationale in the loss; None counts every token alike. `asked`: weight of each token of the prompt.
         """
         if lesson.prompt is None:
             ids = [int(token) for token in self.tokenizer(response, verbose=False)["input_ids"]]
@@ -59,10 +65,10 @@ class Spelling:
         prompt = prompts.encode(lesson.prompt, self.tokenizer)
         if own:
             reason = self._until(own, len(rationale)) if rationale else 0
-            return Example.of_answer(prompt, own, _weights(reason, len(own), share))
+            return Example.of_answer(prompt, own, _weights(reason, len(own), share), asked)
         before = [] if rationale is None else self.ids(rationale if rationale[-1:].isspace() else f"{rationale}\n")
         answer = [*before, *self.ids(response), *self._end(lesson.prompt)]
-        return Example.of_answer(prompt, answer, _weights(len(before), len(answer), share))
+        return Example.of_answer(prompt, answer, _weights(len(before), len(answer), share), asked)
 
     def _until(self, ids: Sequence[int], characters: int) -> int:
         """How many tokens spell so many characters, one that goes beyond them not counted."""

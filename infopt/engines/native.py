@@ -135,8 +135,8 @@ def _check(sampling: Sampling, cache: str, prefix: bool, compile: str) -> None:
 
 
 def _trace(told: list[Told], answers: list[Answer], *, drafts: bool) -> Trace:
-    """A step counts what the slowest of the rows that it served got: rows may accept different numbers of drafted tokens."""
-    counts = [min((tokens for tokens in each.tokens if tokens), default=1) for each in told]
+    """A step counts what the rows that it served got on average: they may accept different numbers of drafted tokens."""
+    counts = [_typical([tokens for tokens in each.tokens if tokens]) for each in told]
     made = [draft for each in told for draft in each.drafts]
     longest = max((drafted for drafted, _ in made), default=0)
     return Trace(
@@ -149,6 +149,10 @@ def _trace(told: list[Told], answers: list[Answer], *, drafts: bool) -> Trace:
         accepted_at=tuple(_accepted_at(made, position) for position in range(longest)) if drafts else None,
         mean_logprobs=tuple(answer.mean_logprob for answer in answers) if any(answer.logprobs for answer in answers) else None,
     )
+
+
+def _typical(tokens: list[int]) -> int:
+    return round(sum(tokens) / len(tokens)) if tokens else 1
 
 
 def _accepted_at(drafts: list[tuple[int, int]], position: int) -> tuple[int, int]:

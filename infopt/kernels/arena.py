@@ -18,15 +18,22 @@ class Arena:
 
     def __init__(self) -> None:
         self._left = torch.empty(0, dtype=torch.uint8)
-        self.chunks: list[torch.Tensor] = []
-        """uint8, in the order in which they were begun; the end of each may be unused."""
+        self._chunks: list[torch.Tensor] = []
+        self._used: list[int] = []
+
+    @property
+    def spans(self) -> list[torch.Tensor]:
+        """uint8: what was handed out of each chunk. The rest was never written, and all of it is one page of zeros."""
+        return [chunk[:used] for chunk, used in zip(self._chunks, self._used, strict=True)]
 
     def take(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes], at the start of a cache line."""
         wanted = -(-nbytes // LINE) * LINE
-        if wanted > len(self._left):
+        if wanted > len(self._left) or not self._used:
             self._left = _mapped(max(wanted, CHUNK))
-            self.chunks.append(self._left)
+            self._chunks.append(self._left)
+            self._used.append(0)
+        self._used[-1] += wanted
         taken, self._left = self._left[:nbytes], self._left[wanted:]
         return taken
 

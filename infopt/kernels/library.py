@@ -55,7 +55,7 @@ class CModel(Structure):
                 "page", "kv_is_half",
             )
         ),
-        *((name, c_float) for name in ("norm_epsilon", "attention_scale", "embedding_scale", "logits_scale")),
+        *((name, c_float) for name in ("norm_epsilon", "attention_scale", "embedding_scale")),
         ("layer", POINTER(CLayer)),
         ("embedding", POINTER(CMatrix)),
         ("head", POINTER(CMatrix)),

@@ -1,8 +1,9 @@
-"""Does the whole step compute what a class of models computes? Tried on a small random model of the same class."""
+"""Does a way of running a model compute what a class of models computes? Tried on a small random model of the same class."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,23 +48,37 @@ def small_copy(model: Any) -> Any:
 
 
 @torch.inference_mode()
-def check(model: Any, threads: int) -> None:
-    """Raises Unfit where logits differ: in one go, and token by token over what is cached."""
-    from infopt.runtime.whole_step import WholeStep
+def check(model: Any, make: Callable[[Any], Any]) -> None:
+    """Raises Unfit where the logits of a step differ: of a prompt, token by token over what is cached, and after a cut.
 
+    `make`: from a float32 model, which it consumes, to a step. Whatever else goes wrong keeps that way from being taken, too.
+    """
     try:
         small = small_copy(model)
     except Exception as error:  # configurations check themselves, each in its own way
         raise Unfit(f"no small model of its class can be made to check it on: {error}") from None
     ids = [(7 * i * i + 3 * i) % VOCABULARY for i in range(TOKENS)]
-    wanted = small(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
-    step = WholeStep(small, threads=threads, weights="float32", head="float32", kv="float32")
-    sequence, half = step.open(), TOKENS // 2
-    found = [_logits(step, sequence, ids[:half]), *(_logits(step, sequence, [token]) for token in ids[half:])]
-    off = float((torch.cat(found) - wanted).abs().max() / wanted.std())
-    step.close_engine()
+    try:
+        wanted = small(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+        found = _found(make(small), ids)
+    except Unfit:
+        raise
+    except Exception as error:
+        raise Unfit(f"a small model of its class does not run: {type(error).__name__}: {error}") from None
+    off = float((found - wanted).abs().max() / wanted.std())
     if not off < TOLERANCE:
         raise Unfit(f"its logits come out {off:.2g} of their spread off")
+
+
+def _found(step: Any, ids: list[int]) -> torch.Tensor:
+    """Logits after each of `ids`, of which the last three were read twice."""
+    sequence, half, again = step.open(), len(ids) // 2, len(ids) - 3
+    try:
+        found = [_logits(step, sequence, ids[:half]), *(_logits(step, sequence, [token]) for token in ids[half:])]
+        step.cut(sequence, again)
+        return torch.cat([*found[:-3], _logits(step, sequence, ids[again:])])
+    finally:
+        step.close(sequence)
 
 
 def _logits(step: Any, sequence: Any, ids: list[int]) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """A Llama-like decoder as data, read from transformers' modules: what the whole-step kernels need to know of it.
 
-Nothing is assumed of a class's name: modules are found by the parts they have, and what they compute is checked against the
-module itself (`whole_step`) before a model is run this way. What is known not to fit is refused here, with the reason.
+Nothing is assumed of a class's name: modules are found by the parts they have, and what they compute is checked on a small
+random model of the class (`architecture`) before a model is run this way. What is known not to fit is refused here, with the
+reason.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import nn
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1}
 #: Rotary tables that change with the length of the text.
 CHANGING = ("dynamic", "longrope")
+#: Numbers of a head that attention's kernel has room for.
+MOST_HEAD_DIM = 512
 
 
 class Unfit(Exception):  # noqa: N818 - says why, and is answered by another way of running the model
@@ -64,7 +67,6 @@ class Decoder:
     norm_epsilon: float
     attention_scale: float
     embedding_scale: float
-    logits_scale: float
     blocks: tuple[Block, ...]
     embedding: nn.Module
     head: nn.Module
@@ -96,6 +98,8 @@ def describe(model: Any) -> Decoder:
         raise Unfit(f"it has layers of {', '.join(others)}")
     attention = layers[0].self_attn
     head_dim = int(getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    if head_dim > MOST_HEAD_DIM:
+        raise Unfit(f"its heads have {head_dim} numbers; the kernels hold {MOST_HEAD_DIM} at most")
     has_tables = "layer_type" in inspect.signature(base.rotary_emb.forward).parameters
     blocks = tuple(_block(layer, config, kind, kind if has_tables else "") for layer, kind in zip(layers, kinds, strict=True))
     cos, _ = _tables(base.rotary_emb, blocks[0].rotary, 1)
@@ -103,15 +107,28 @@ def describe(model: Any) -> Decoder:
     if len(norms) > 1:
         raise Unfit(f"its norms differ in epsilon: {sorted(norms)}")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return Decoder(
+    described = Decoder(
         hidden=config.hidden_size, heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads, head_dim=head_dim,
         intermediate=config.intermediate_size, vocabulary=_rows(head), context=config.max_position_embeddings,
         activation=ACTIVATIONS[activation], rotary_dim=cos.shape[1], norm_epsilon=norms.pop(),
         attention_scale=float(attention.scaling), embedding_scale=float(getattr(embedding, "embed_scale", None) or 1.0),
-        logits_scale=1.0, blocks=blocks, embedding=embedding, head=head,
+        blocks=blocks, embedding=embedding, head=head,
         is_tied=getattr(head, "weight", None) is embedding.weight, final_norm=_norm_weight(base.norm), rotary=base.rotary_emb,
     )  # fmt: skip
+    _refuse_other_shapes(described)
+    return described
+
+
+def _refuse_other_shapes(found: Decoder) -> None:
+    """Buffers are as large as the configuration says: no layer may be wider."""
+    joined = (found.heads + 2 * found.kv_heads) * found.head_dim
+    wanted = (joined, found.heads * found.head_dim, 2 * found.intermediate, found.intermediate)
+    for index, block in enumerate(found.blocks):
+        qkv, gate_up = (sum(map(_rows, layers)) for layers in (block.qkv, block.gate_up))
+        shapes = (qkv, _columns(block.output), gate_up, _columns(block.down))
+        if shapes != wanted:
+            raise Unfit(f"layer {index} has products of {shapes}, where the configuration says {wanted}")
 
 
 def _base(model: Any) -> Any:
@@ -189,6 +206,10 @@ def _refuse(owner: nn.Module, known: set[str]) -> None:
 
 def _rows(linear: Any) -> int:
     return int(getattr(linear, "out_features", None) or linear.weight.shape[0])
+
+
+def _columns(linear: Any) -> int:
+    return int(getattr(linear, "in_features", None) or linear.weight.shape[1])
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from infopt.errors import InputError
 from infopt.runtime.draft_length import DraftLength
 from infopt.runtime.drafts import Drafter
 from infopt.runtime.loop import Ask, Loop, Told
@@ -54,26 +55,35 @@ def choose(
 ) -> tuple[Tried, str] | None:
     """The fastest of plain decoding and `drafters` on the first of `asks`, and a line that says why.
 
-    None where a single token is asked for: nothing could be drafted.
+    Drafters for which memory is short are left out, and the line says so. None where a single token is asked for: nothing
+    could be drafted.
     """
     if max(ask.max_new_tokens for ask in asks) < 2:
         return None
+    Loop(step).check(asks)
+    ways: dict[str, Tried] = {}
+    said: list[str] = []
+    for name, drafter in drafters.items():
+        try:
+            Loop(step, drafter).check(asks)
+            ways[name] = Tried(drafter, DraftLength(most))
+        except InputError as error:
+            said.append(f"{name} was not tried: {error}")
     asks = [
         replace(ask, max_new_tokens=min(TOKENS, ask.max_new_tokens), stop_tokens=frozenset())
         for ask in asks
         if ask.max_new_tokens > 1
     ][:PROMPTS]
     plain = Tried(None, DraftLength(most))
-    ways = {name: Tried(drafter, DraftLength(most)) for name, drafter in drafters.items()}
     for turn in range(TURNS):
         for each in [plain, *ways.values()] if turn % 2 == 0 else [*ways.values(), plain]:
             for ask in asks:
                 _run(step, each, ask, now)
     name, best = min(ways.items(), key=lambda item: item[1].seconds, default=("", plain))
-    said = "; ".join(each.said(name, plain) for name, each in ways.items())
-    if not plain.seconds or plain.seconds < LEAST * best.seconds:
-        return plain, f"no draft: on {len(asks)} of the prompts none was faster: {said}"
-    return best, f"draft {name}: the fastest on {len(asks)} of the prompts: {said}"
+    told = "; ".join([*(each.said(name, plain) for name, each in ways.items()), *said])
+    if plain.seconds < LEAST * best.seconds:
+        return plain, f"no draft: on {len(asks)} of the prompts none was faster: {told}"
+    return best, f"draft {name}: the fastest on {len(asks)} of the prompts: {told}"
 
 
 def _run(step: Step, way: Tried, ask: Ask, now: Callable[[], float]) -> None:

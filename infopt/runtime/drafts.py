@@ -52,8 +52,11 @@ class Drafter(Protocol):
         """What is kept for a row."""
         ...
 
-    def require(self, rooms: Sequence[Room]) -> None:
-        """Refuses, before anything is computed, what memory will not hold of the target's rows. Raises InputError."""
+    def require(self, rooms: Sequence[Room], beside: float = 0) -> None:
+        """Refuses, before anything is computed, what memory will not hold of the target's rows. `beside`: bytes that these take.
+
+        Raises InputError.
+        """
         ...
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None:
@@ -87,7 +90,7 @@ class PromptLookup:
     def open(self) -> Seen:
         return Seen()
 
-    def require(self, rooms: Sequence[Room]) -> None: ...
+    def require(self, rooms: Sequence[Room], beside: float = 0) -> None: ...
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None: ...
 
@@ -103,8 +106,9 @@ class PromptLookup:
         for size in self.sizes:
             found = seen.ends.get(tuple(ids[-size:])) if size < len(ids) else None
             if found is not None and most > 0:
-                tokens = tuple(ids[found : found + most])
-                return Draft(tokens, (None,) * len(tokens), size)
+                period = len(ids) - found  # what is copied may reach into the copy, as in LZ77: a loop goes on
+                tokens = tuple(ids[found + i % period] for i in range(most))
+                return Draft(tokens, (None,) * most, size)
         return Draft()
 
     def close(self, state: Seen) -> None:
@@ -113,10 +117,16 @@ class PromptLookup:
 
 @dataclass
 class Ahead:
-    """A row's text in the model that drafts: its sequence there, and the tokens in it."""
+    """A row's text in the model that drafts: its sequence there, and the tokens in it.
+
+    `kept`: tokens at the front that are the row's, which only grows: what is drafted and refused lies behind it.
+    """
 
     sequence: Any
     ids: list[int] = field(default_factory=list)
+    kept: int = 0
+    largest: int = 0
+    """Of the row's tokens, as far as `kept`."""
 
 
 class ModelDraft:
@@ -136,9 +146,9 @@ class ModelDraft:
     def open(self) -> Ahead:
         return Ahead(self.step.open())
 
-    def require(self, rooms: Sequence[Room]) -> None:
+    def require(self, rooms: Sequence[Room], beside: float = 0) -> None:
         # Each row is read by itself here: nothing is shared.
-        self.step.require([Room(min(room.tokens, self.step.context), room.sequences) for room in rooms])
+        self.step.require([Room(min(room.tokens, self.step.context), room.sequences) for room in rooms], beside)
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None:
         behind = [each for each in wanted if self._most(each) > 0 and len(each.ids) - len(each.state.ids) > BEHIND]
@@ -163,16 +173,18 @@ class ModelDraft:
         return [Draft(tuple(row.tokens), tuple(row.proposed)) for row in going]
 
     def _most(self, wanted: Wanted) -> int:
-        known = max(wanted.ids) < self.step.vocabulary
-        return min(wanted.most, self.step.context - len(wanted.ids)) if known else 0
+        state, ids = wanted.state, wanted.ids
+        known = max(state.largest, *ids[state.kept :]) < self.step.vocabulary
+        return min(wanted.most, self.step.context - len(ids)) if known else 0
 
     def _cut_to(self, wanted: Wanted) -> int:
         """How many tokens of the row's text its sequence here has already; what else it has is forgotten."""
         state, ids = wanted.state, wanted.ids
         most = min(len(state.ids), len(ids) - 1)
-        same = next((i for i in range(most) if state.ids[i] != ids[i]), most)
+        same = next((i for i in range(state.kept, most) if state.ids[i] != ids[i]), most)
         self.step.cut(state.sequence, same)
-        state.ids = list(ids)
+        state.ids[same:] = ids[same:]
+        state.largest, state.kept = max([state.largest, *ids[state.kept : same]]), same
         return same
 
     def close(self, state: Ahead) -> None:

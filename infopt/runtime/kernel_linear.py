@@ -76,6 +76,11 @@ def swap(model: nn.Module, threads: int, weights: Wanted, head: Wanted) -> tuple
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Floating point, compressed-tensors, or int8 with a scale per row. Attention may have a scheme too: of its cache."""
-    is_packed = hasattr(module, "quantization_scheme") or hasattr(module, "weight_scale")
-    return isinstance(module, nn.Linear) or (is_packed and hasattr(module, "in_features"))
+    """Floating point, compressed-tensors, or int8 with a scale per row. Attention may have a scheme too: of its cache.
+
+    One that does something else with plain weights, as the routers of some mixtures do, is left as it is.
+    """
+    if hasattr(module, "quantization_scheme") or hasattr(module, "weight_scale"):
+        return hasattr(module, "in_features")
+    is_plain = type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and (is_plain or type(module.weight) is not nn.Parameter)

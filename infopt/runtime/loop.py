@@ -21,6 +21,8 @@ from infopt.runtime.sampling import accept, draw, generator, penalised, probabil
 from infopt.runtime.steps import Output, Room, Run, Step
 
 Finish = Literal["length", "token", "text", "cancelled"]
+#: Tokens before a stop text that are decoded with it: what begins a text is at times spelled otherwise.
+MARGIN = 8
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,16 @@ class Loop:
     ) -> list[Answer]:
         """Answers all, rows of an ask together, in order. Raises InputError for what the model cannot take.
 
-        `listen` is called after every step; `is_cancelled` before each: then rows end as they are.
+        `listen` is called after every step; `is_cancelled` before each, prompts counting as one: then rows end as they are.
         """
-        self._check(asks)
+        self.check(asks)
         start = self.now()
         rows: list[Row] = []
         try:
-            rows = self._prefill(asks, start, listen)
+            if is_cancelled():
+                candidates = [(index, each) for index, ask in enumerate(asks) for each in range(ask.sampling.candidates)]
+                return [Answer(index, each, finish="cancelled") for index, each in candidates]
+            self._prefill(asks, rows, start, listen)
             answers = [row.answer for row in rows]
             while active := [row for row in rows if row.answer.finish is None]:
                 if is_cancelled():
@@ -121,11 +126,13 @@ class Loop:
             return answers
         finally:
             for row in rows:
-                self.step.close(row.sequence)
-                if self.drafter:
+                if row.sequence is not None:
+                    self.step.close(row.sequence)
+                if self.drafter and row.state is not None:
                     self.drafter.close(row.state)
 
-    def _check(self, asks: Sequence[Ask]) -> None:
+    def check(self, asks: Sequence[Ask]) -> None:
+        """Refuses, before anything is computed, what the model or memory cannot take. Raises InputError."""
         rooms = []
         for ask in asks:
             total = len(ask.prompt_ids) + ask.max_new_tokens
@@ -142,29 +149,32 @@ class Loop:
             if ask.stop_texts and ask.decode is None:
                 raise InputError("stop texts need a tokenizer", hint="give stop tokens instead")
             rooms.append(Room(total, ask.sampling.candidates, len(ask.prompt_ids)))
-        self.step.require(rooms)
+        promised = self.step.require(rooms)
         if self.drafter:
-            self.drafter.require(rooms)
+            self.drafter.require(rooms, promised)
 
-    def _prefill(self, asks: Sequence[Ask], start: float, listen: Callable[[Told, list[Answer]], None]) -> list[Row]:
-        """All prompts in one step, each once; its candidates are forks of it."""
-        sequences = [self.step.open() for _ in asks]
+    def _prefill(self, asks: Sequence[Ask], rows: list[Row], start: float, listen: Callable[[Told, list[Answer]], None]) -> None:
+        """All prompts in one step, each once; its candidates are forks of it. `rows` has each as soon as it is opened."""
+        for index, ask in enumerate(asks):
+            for candidate in range(ask.sampling.candidates):
+                row = Row(
+                    len(rows), Answer(index, candidate), ask, None, generator(ask.seed, candidate), ids=list(ask.prompt_ids)
+                )
+                rows.append(row)
+                row.state = self.drafter.open() if self.drafter else None
+        firsts = [row for row in rows if row.answer.candidate == 0]
+        for row in firsts:
+            row.sequence = self.step.open()
         found = self.step.run(
-            [Run(sequence, ask.prompt_ids) for sequence, ask in zip(sequences, asks, strict=True)],
+            [Run(row.sequence, row.ask.prompt_ids) for row in firsts],
             want_logits=any(self._needs_logits(ask) for ask in asks),
         )
-        rows: list[Row] = []
-        for index, (ask, sequence) in enumerate(zip(asks, sequences, strict=True)):
-            for candidate in range(ask.sampling.candidates):
-                own = sequence if candidate == ask.sampling.candidates - 1 else self.step.fork(sequence)
-                row = Row(len(rows), Answer(index, candidate), ask, own, generator(ask.seed, candidate), ids=list(ask.prompt_ids))
-                row.state = self.drafter.open() if self.drafter else None
-                rows.append(row)
+        for row in rows:
+            if row.sequence is None:
+                row.sequence = self.step.fork(firsts[row.answer.ask].sequence)
         for row in rows:
             self._take(row, [self._next(row, found, row.answer.ask)], found, row.answer.ask)
-        told = Told(self.now() - start, [1] * len(rows), is_prefill=True)
-        listen(told, [row.answer for row in rows])
-        return rows
+        listen(Told(self.now() - start, [1] * len(rows), is_prefill=True), [row.answer for row in rows])
 
     def _advance(self, active: list[Row], rows: list[Row]) -> Told:
         drafted_s = self._draft(active)
@@ -231,10 +241,11 @@ class Loop:
                     break
             return kept
         assert found.logits is not None
-        target = [
-            probabilities(found.logits[position + index], row.ask.sampling, [*row.ids, *drafted[:index]])
-            for index in range(len(drafted) + 1)
-        ]
+        logits = found.logits
+
+        def target(index: int) -> torch.Tensor:
+            return probabilities(logits[position + index], row.ask.sampling, [*row.ids, *drafted[:index]])
+
         return accept(drafted, row.draft.proposed, target, row.source)
 
     def _take(self, row: Row, tokens: list[int], found: Output, position: int) -> int:
@@ -255,7 +266,8 @@ class Loop:
         if answer.ids[-1] in ask.stop_tokens:
             return "token"
         if ask.stop_texts and ask.decode is not None:
-            text = ask.decode(answer.ids)
+            # A token spells a byte or more, so that a text which ends here began among the last of them.
+            text = ask.decode(answer.ids[-(max(len(stop.encode()) for stop in ask.stop_texts) + MARGIN) :])
             if any(stop in text for stop in ask.stop_texts):
                 return "text"
         return "length" if len(answer.ids) >= ask.max_new_tokens else None

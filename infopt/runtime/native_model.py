@@ -15,6 +15,7 @@ from infopt.errors import InputError
 from infopt.protocols import Progress
 from infopt.runtime import architecture
 from infopt.runtime.decoder import Unfit
+from infopt.runtime.pages import Budget
 from infopt.runtime.steps import Run
 from infopt.runtime.swapped_step import SwappedStep
 from infopt.runtime.weights import Wanted
@@ -27,7 +28,7 @@ Way = Literal["auto", "whole", "swapped"]
 class Settings:
     """`weights`, `head`: what floating-point weights become; `kv`: float32 or float16; `way`: auto takes the first that fits.
 
-    `beside`: the step of a model that this one drafts for, with whose threads it takes turns.
+    `beside`: the step of a model that this one drafts for, with whose threads it takes turns and whose budget it shares.
     """
 
     threads: int
@@ -35,7 +36,7 @@ class Settings:
     head: Wanted = "auto"
     kv: str = "float16"
     way: Way = "auto"
-    most_kv_bytes: int = 1 << 40
+    most_kv_bytes: float = 1 << 40
     beside: WholeStep | SwappedStep | None = None
 
 
@@ -53,8 +54,8 @@ class NativeModel:
 
     @property
     def resident_bytes(self) -> int:
-        """Of the weights held."""
-        return self.step.weights_bytes
+        """Of the weights held, those of drafting models included."""
+        return self.step.weights_bytes + sum(step.weights_bytes for step in self.drafts.values())
 
     def early(self, layers: int | None) -> WholeStep:
         """The first `layers` of it with its head, a quarter of them when None. Raises InputError where it has no such part."""
@@ -72,22 +73,26 @@ class NativeModel:
         for row, ids in enumerate(input_ids):
             seen = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask[row].bool()
             sequence = step.open()
-            run = Run(sequence, ids[seen].tolist(), all_logits=True)
-            found[row, seen] = step.run([run]).logits
-            step.close(sequence)
+            try:
+                found[row, seen] = step.run([Run(sequence, ids[seen].tolist(), all_logits=True)]).logits
+            finally:
+                step.close(sequence)
         return SimpleNamespace(logits=found)
 
 
 def open_native(model: Any, settings: Settings, progress: Progress = lambda line: None) -> NativeModel:
     """Consumes a transformers model. Raises Unfit when no native way runs it, with the reasons; it is whole then."""
     reasons: list[str] = []
+    budget = settings.beside.budget if settings.beside else Budget(settings.most_kv_bytes)
+    threads, weights, head = settings.threads, settings.weights, settings.head
     if settings.way in ("auto", "whole"):
         try:
             progress("checking the whole-step kernels on a small model of this class")
-            architecture.check(model, settings.threads)
+            architecture.check(
+                model, lambda small: WholeStep(small, threads=threads, weights="float32", head="float32", kv="float32")
+            )
             step = WholeStep(
-                model, threads=settings.threads, weights=settings.weights, head=settings.head, kv=settings.kv,
-                most_kv_bytes=settings.most_kv_bytes,
+                model, threads=threads, weights=weights, head=head, kv=settings.kv, budget=budget,
                 beside=settings.beside if isinstance(settings.beside, WholeStep) else None,
             )  # fmt: skip
             return NativeModel(model, step, ())
@@ -95,7 +100,9 @@ def open_native(model: Any, settings: Settings, progress: Progress = lambda line
             reasons.append(f"whole steps do not fit: {error}")
     if settings.way in ("auto", "swapped"):
         try:
-            swapped = SwappedStep(model, threads=settings.threads, weights=settings.weights, head=settings.head)
+            progress("checking swapped layers on a small model of this class")
+            architecture.check(model, lambda small: SwappedStep(small, threads=threads, weights="float32", head="float32"))
+            swapped = SwappedStep(model, threads=threads, weights=weights, head=head, budget=budget)
             return NativeModel(model, swapped, tuple(reasons))
         except Unfit as error:
             reasons.append(f"swapped layers do not fit: {error}")

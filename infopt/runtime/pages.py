@@ -27,11 +27,32 @@ class Sequence:
     table: ctypes.Array[ctypes.c_void_p] | None = None
 
 
-class Pages:
-    """Pages of `page_bytes`, `most_bytes` of them at most, made when needed and used again when given back."""
+@dataclass
+class Budget:
+    """Bytes of keys and values that a model and those that draft for it may take together, and those that they have taken."""
 
-    def __init__(self, page_bytes: int, most_bytes: int) -> None:
-        self.page_bytes, self.most_bytes = page_bytes, most_bytes
+    most: float = 1 << 40
+    taken: float = 0
+
+    def require(self, needed: float, rooms: Iterable[Room], beside: float = 0) -> None:
+        """Refuses what will not fit, before anything is computed. Raises InputError with both figures.
+
+        `needed`: bytes beyond those taken; `beside`: of them, what others have been promised.
+        """
+        left = self.most - self.taken - beside
+        if needed > left:
+            texts = " and ".join(f"{count} × {tokens}" for tokens, count in _counted(rooms))
+            raise InputError(
+                f"keys and values of {texts} tokens take {units.size(needed)}; {units.size(max(0, left))} are left",
+                hint="a shorter context, fewer sequences, or cache: {dtype: float16}",
+            )
+
+
+class Pages:
+    """Pages of `page_bytes`, made within a budget when needed and used again when given back."""
+
+    def __init__(self, page_bytes: int, budget: Budget) -> None:
+        self.page_bytes, self.budget = page_bytes, budget
         self._arena = Arena()
         self._memory: list[torch.Tensor] = []
         self._uses: list[int] = []
@@ -42,19 +63,14 @@ class Pages:
         """Taken from the system so far."""
         return len(self._memory) * self.page_bytes
 
-    def require(self, rooms: Iterable[Room]) -> None:
-        """Refuses what will not fit, before anything is computed. Raises InputError with both figures."""
+    def require(self, rooms: Iterable[Room], beside: float = 0) -> float:
+        """Bytes that it will take from the budget. Raises InputError where they are not there."""
         rooms = list(rooms)
         # A page that is full before a fork is one page; of a page that each goes on writing to, each has its own.
         pages = sum(each.sequences * -(-each.tokens // PAGE) - (each.sequences - 1) * (each.shared // PAGE) for each in rooms)
-        needed = pages * self.page_bytes
-        available = self.most_bytes - (len(self._memory) - len(self._free)) * self.page_bytes
-        if needed > available:
-            texts = " and ".join(f"{count} × {tokens}" for tokens, count in _counted(rooms))
-            raise InputError(
-                f"keys and values of {texts} tokens take {units.size(needed)}; {units.size(max(0, available))} are left",
-                hint="a shorter context, fewer sequences, or cache: {dtype: float16}",
-            )
+        free = len(self._free) * self.page_bytes
+        self.budget.require(pages * self.page_bytes, rooms, beside - free)
+        return max(0, pages * self.page_bytes - free)
 
     def reserve(self, sequence: Sequence, length: int) -> None:
         """Room for `length` positions, none of it another sequence's too. Raises InputError when memory is short."""
@@ -62,14 +78,16 @@ class Pages:
         shared = [index for index in range(first, min(count, len(sequence.pages))) if self._uses[sequence.pages[index]] > 1]
         if count <= len(sequence.pages) and not shared and sequence.table is not None:
             return
-        for index in shared:
-            before, own = sequence.pages[index], self._take()
-            self._memory[own].copy_(self._memory[before])
-            self._uses[before] -= 1
-            sequence.pages[index] = own
-        while len(sequence.pages) < count:
-            sequence.pages.append(self._take())
-        self._renew(sequence)
+        try:
+            for index in shared:
+                before, own = sequence.pages[index], self._take()
+                self._memory[own].copy_(self._memory[before])
+                self._uses[before] -= 1
+                sequence.pages[index] = own
+            while len(sequence.pages) < count:
+                sequence.pages.append(self._take())
+        finally:  # whatever it has now, the table says
+            self._renew(sequence)
 
     def cut(self, sequence: Sequence, length: int) -> None:
         """Forgets positions from `length` on; their pages are kept for what comes."""
@@ -94,14 +112,15 @@ class Pages:
         if self._free:
             page = self._free.pop()
         else:
-            if self.bytes + self.page_bytes > self.most_bytes:
+            if self.budget.taken + self.page_bytes > self.budget.most:
                 raise InputError(
-                    f"keys and values fill {units.size(self.bytes)}, which is all that is allowed",
+                    f"keys and values fill {units.size(self.budget.taken)}, which is all that is allowed",
                     hint="a shorter context, fewer sequences, or cache: {dtype: float16}",
                 )
             page = len(self._memory)
             self._memory.append(self._arena.take(self.page_bytes))
             self._uses.append(0)
+            self.budget.taken += self.page_bytes
         self._uses[page] = 1
         return page
 

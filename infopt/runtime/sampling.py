@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from infopt.protocols import Sampling
+
+#: Tokens among which a nucleus is looked for first.
+LIKELIEST = 1024
 
 
 def generator(seed: int, row: int = 0) -> torch.Generator:
@@ -35,13 +38,24 @@ def probabilities(logits: torch.Tensor, sampling: Sampling, seen: Sequence[int] 
     if 0 < sampling.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
     if sampling.top_p < 1:
-        ordered, ids = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.index_fill(0, ids[before >= sampling.top_p], -torch.inf)
+        logits = _nucleus(logits, sampling.top_p)
     if sampling.min_p > 0:
         found = logits.softmax(-1)
         logits = logits.masked_fill(found < sampling.min_p * found.max(), -torch.inf)
     return logits.softmax(-1)
+
+
+def _nucleus(logits: torch.Tensor, mass: float) -> torch.Tensor:
+    """The likeliest tokens that have `mass` together, at least one; the others ruled out (arXiv 1904.09751)."""
+    whole, few = logits.logsumexp(-1), min(LIKELIEST, len(logits))
+    for count in (few, len(logits)):  # sorting all takes longer than a step
+        ordered, ids = logits.topk(count)
+        found = (ordered - whole).exp()
+        upto = found.cumsum(-1)
+        if count == len(logits) or upto[-1] >= mass:
+            break
+    kept = ids[upto - found < mass]
+    return torch.full_like(logits, -torch.inf).index_copy(0, kept, logits[kept])
 
 
 def draw(weights: torch.Tensor, source: torch.Generator) -> int:
@@ -52,16 +66,20 @@ def draw(weights: torch.Tensor, source: torch.Generator) -> int:
 
 
 def accept(
-    drafted: Sequence[int], proposed: Sequence[torch.Tensor | None], target: Sequence[torch.Tensor], source: torch.Generator
+    drafted: Sequence[int],
+    proposed: Sequence[torch.Tensor | None],
+    target: Callable[[int], torch.Tensor],
+    source: torch.Generator,
 ) -> list[int]:
     """The tokens to keep of a draft, and one more: distributed as `target` says, whatever was drafted.
 
     Leviathan et al., arXiv 2211.17192, algorithm 1: a drafted token is kept with probability min(1, p/q); the first that is
     not is drawn anew from max(0, p − q). `proposed[i]`: what draft i was drawn from, None for a draft that could only be
-    what it was (q = 1). `target`: one distribution more than there are drafts.
+    what it was (q = 1). `target(i)`: the distribution at draft i, or behind all of them; none is asked for in vain.
     """
     kept: list[int] = []
-    for token, q, p in zip(drafted, proposed, target, strict=False):
+    for index, (token, q) in enumerate(zip(drafted, proposed, strict=True)):
+        p = target(index)
         allowed = float(p[token]) / (1.0 if q is None else float(q[token]))
         if float(torch.rand((), generator=source, dtype=torch.float64)) < allowed:
             kept.append(token)
@@ -72,4 +90,4 @@ def accept(
         if not float(rest.sum()) > 0:  # p and q differ by rounding alone
             rest = p
         return [*kept, draw(rest, source)]
-    return [*kept, draw(target[len(drafted)], source)]
+    return [*kept, draw(target(len(drafted)), source)]

@@ -54,8 +54,11 @@ class Step(Protocol):
 
     def length(self, sequence: Any) -> int: ...
 
-    def require(self, rooms: Sequence[Room]) -> None:
-        """Refuses, before anything is computed, what memory will not hold. Raises InputError."""
+    def require(self, rooms: Sequence[Room], beside: float = 0) -> float:
+        """Bytes that keys and values of `rooms` will take. `beside`: what other models have been promised of the same budget.
+
+        Refuses, before anything is computed, what memory will not hold. Raises InputError.
+        """
         ...
 
     def run(self, runs: Sequence[Run], want_logits: bool = True) -> Output:

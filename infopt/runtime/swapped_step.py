@@ -12,6 +12,7 @@ import torch
 from infopt.errors import InputError
 from infopt.runtime.decoder import Unfit
 from infopt.runtime.kernel_linear import swap
+from infopt.runtime.pages import Budget
 from infopt.runtime.steps import PROMPT, Output, Room, Run
 from infopt.runtime.weights import Wanted
 
@@ -33,7 +34,9 @@ class SwappedStep:
 
     name = "swapped"
 
-    def __init__(self, model: Any, *, threads: int, weights: Wanted = "auto", head: Wanted = "auto") -> None:
+    def __init__(
+        self, model: Any, *, threads: int, weights: Wanted = "auto", head: Wanted = "auto", budget: Budget | None = None
+    ) -> None:
         config = model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         others = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
@@ -43,8 +46,9 @@ class SwappedStep:
         self.threads = threads
         if not self.packed:
             raise Unfit("it has no linear layers")
-        self.model, self.vocabulary = model, config.vocab_size
-        self.context = getattr(config, "max_position_embeddings", None) or 1 << 30
+        self.model, self.vocabulary, self.budget = model, config.vocab_size, budget or Budget()
+        context = getattr(config, "max_position_embeddings", None) or 0
+        self.context = context if context > 0 else 1 << 30
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._kv_bytes = 2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize
@@ -75,8 +79,11 @@ class SwappedStep:
     def length(self, sequence: Cached) -> int:
         return sequence.length
 
-    def require(self, rooms: Sequence[Room]) -> None:
-        """transformers' caches grow as they are used: nothing is known beforehand."""
+    def require(self, rooms: Sequence[Room], beside: float = 0) -> float:
+        """A fork copies all that it has; a cache that is full grows by half of itself, of which it then has both."""
+        needed = sum(self.kv_bytes(room.tokens) * room.sequences for room in rooms)
+        self.budget.require(needed + max((self.kv_bytes(room.tokens) for room in rooms), default=0), rooms, beside)
+        return needed
 
     def cut(self, sequence: Cached, length: int) -> None:
         if length < sequence.length:

@@ -10,6 +10,7 @@ import copy
 import ctypes
 from collections.abc import Sequence as Several
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from infopt.kernels.arena import Arena, give_back
 from infopt.kernels.library import CBatch, CLayer, CMatrix, CModel, Pointers
 from infopt.kernels.packed import Packed
 from infopt.runtime.decoder import Block, Decoder, Unfit, describe
-from infopt.runtime.pages import PAGE, Pages, Sequence
+from infopt.runtime.pages import PAGE, Budget, Pages, Sequence
 from infopt.runtime.steps import PROMPT, Output, Room, Run
 from infopt.runtime.weights import Wanted, head_kind, joined, release, require
 
@@ -36,15 +37,15 @@ class WholeStep:
     """Consumes the model's weights. `weights`: what floating-point weights become; `head`: the same for the output head, auto
     being int8 beside integers.
 
-    `kv`: float32 or float16. `beside`: a step on whose threads this one runs too, never both at a time. Raises Unfit for a
-    model that the kernels do not run, MissingNeedError without the library.
+    `kv`: float32 or float16; `budget`: of its bytes. `beside`: a step on whose threads this one runs too, never both at a time.
+    Raises Unfit for a model that the kernels do not run, MissingNeedError without the library.
     """
 
     name = "whole"
 
     def __init__(
         self, model: Any, *, threads: int, weights: Wanted = "auto", head: Wanted = "auto", kv: str = "float16",
-        most_kv_bytes: int = 1 << 40, beside: WholeStep | None = None,
+        budget: Budget | None = None, beside: WholeStep | None = None,
     ) -> None:  # fmt: skip
         self._library = library.load()
         decoder = describe(model)
@@ -56,16 +57,16 @@ class WholeStep:
         give_back()
         model = ctypes.byref(self._model)
         made = self._library.infopt_open_beside(model, beside._engine) if beside else self._library.infopt_open(model, threads)
-        self._start(ctypes.c_void_p(made), most_kv_bytes)
+        self._start(ctypes.c_void_p(made), budget or Budget())
 
-    def _start(self, engine: ctypes.c_void_p, most_kv_bytes: int) -> None:
-        self._engine = engine
-        self.pages = Pages(int(self._library.infopt_page_bytes(ctypes.byref(self._model))), most_kv_bytes)
+    def _start(self, engine: ctypes.c_void_p, budget: Budget) -> None:
+        self._engine, self.budget = engine, budget
+        self.pages = Pages(int(self._library.infopt_page_bytes(ctypes.byref(self._model))), budget)
         self._logits = torch.empty(0)
         self._calls: dict[tuple[int, int, int], _Call] = {}
 
     def first_layers(self, count: int) -> WholeStep:
-        """The same model without its later layers: it shares weights and threads, and keeps keys and values of its own.
+        """The same model without its later layers: it shares weights, threads and budget, and keeps keys and values of its own.
 
         Raises InputError for a count that the model does not have.
         """
@@ -76,9 +77,8 @@ class WholeStep:
         early._model = CModel.from_buffer_copy(self._model)
         early._model.layers = count
         early.packed = [*self.packed[: 4 * count], *self.packed[4 * self._model.layers :]]  # four to a layer, then the others
-        early._start(
-            ctypes.c_void_p(self._library.infopt_open_beside(ctypes.byref(early._model), self._engine)), self.pages.most_bytes
-        )
+        opened = self._library.infopt_open_beside(ctypes.byref(early._model), self._engine)
+        early._start(ctypes.c_void_p(opened), self.budget)
         return early
 
     def close_engine(self) -> None:
@@ -124,8 +124,8 @@ class WholeStep:
     def length(self, sequence: Sequence) -> int:
         return sequence.length
 
-    def require(self, rooms: Several[Room]) -> None:
-        self.pages.require(rooms)
+    def require(self, rooms: Several[Room], beside: float = 0) -> float:
+        return self.pages.require(rooms, beside)
 
     def cut(self, sequence: Sequence, length: int) -> None:
         self.pages.cut(sequence, length)
@@ -148,14 +148,14 @@ class WholeStep:
                 self._step([replace(run, ids=ids[:CHUNK])], 0, want_logits=False)
                 ids = ids[CHUNK:]
             rest.append(replace(run, ids=ids))
-        apart = [run for run in rest if not _is_prompt(run)]
-        prompts = [run for run in rest if _is_prompt(run)]
-        if not apart or not prompts:
+        groups = _groups(rest)
+        if len(groups) == 1:
             return self._step(rest, sum(_outputs(run) for run in rest), want_logits)
-        # Prompts first; then everything in the order in which it was asked for.
-        first = self._step(prompts, len(prompts), want_logits)
-        logits = first.logits.clone() if first.logits is not None else None
-        return _in_order(rest, first, logits, self._step(apart, sum(_outputs(run) for run in apart), want_logits))
+        found = _Found(rest)
+        for group in groups:
+            chosen = [rest[index] for index in group]
+            found.take(group, self._step(chosen, sum(_outputs(run) for run in chosen), want_logits))
+        return found.output
 
     def _step(self, runs: Several[Run], outputs: int, want_logits: bool, *, check: bool = False) -> Output:
         tokens = 0
@@ -195,9 +195,9 @@ class WholeStep:
 
     def read_bytes_per_s(self) -> float:
         """Reads all packed weights once, with all threads: what the machine's memory gives at this moment."""
-        chunks = self._arena.chunks
-        seconds = sum(self._library.infopt_read_seconds(self._engine, chunk.data_ptr(), chunk.nbytes) for chunk in chunks)
-        return float(sum(chunk.nbytes for chunk in chunks) / seconds)
+        spans = self._arena.spans
+        seconds = sum(self._library.infopt_read_seconds(self._engine, span.data_ptr(), span.nbytes) for span in spans)
+        return float(sum(span.nbytes for span in spans) / seconds)
 
     # Packing
 
@@ -217,7 +217,7 @@ class WholeStep:
         return CModel(
             len(layers), decoder.hidden, decoder.heads, decoder.kv_heads, decoder.head_dim, decoder.intermediate,
             decoder.vocabulary, decoder.activation, decoder.rotary_dim, PAGE, int(kv == "float16"), decoder.norm_epsilon,
-            decoder.attention_scale, decoder.embedding_scale, decoder.logits_scale, layers, ctypes.pointer(table),
+            decoder.attention_scale, decoder.embedding_scale, layers, ctypes.pointer(table),
             ctypes.pointer(out), self._pointer(decoder.final_norm), ctypes.cast(cos, Pointers), ctypes.cast(sin, Pointers),
         )  # fmt: skip
 
@@ -253,18 +253,42 @@ def _outputs(run: Run) -> int:
     return len(run.ids) if run.all_logits else 1
 
 
-def _in_order(runs: Several[Run], prompts: Output, logits: torch.Tensor | None, others: Output) -> Output:
-    """What two steps found, in the order of `runs`; `logits` are the prompts'."""
-    places, rows = {True: 0, False: 0}, []
-    for run in runs:
-        kind = _is_prompt(run)
-        rows += [(kind, places[kind] + i) for i in range(_outputs(run))]
-        places[kind] += _outputs(run)
-    tokens = [(prompts if kind else others).tokens[row] for kind, row in rows]
-    margins = [(prompts if kind else others).margins[row] for kind, row in rows]
-    if logits is None or others.logits is None:
-        return Output(tokens, margins, None)
-    return Output(tokens, margins, torch.stack([(logits if kind else others.logits)[row] for kind, row in rows]))
+def _groups(runs: Several[Run]) -> list[list[int]]:
+    """Which runs go together: prompts by themselves, `CHUNK` tokens of them at most, and then all others."""
+    groups: list[list[int]] = []
+    tokens = 0
+    for index in (index for index, run in enumerate(runs) if _is_prompt(run)):
+        if not groups or tokens + len(runs[index].ids) > CHUNK:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(index)
+        tokens += len(runs[index].ids)
+    others = [index for index, run in enumerate(runs) if not _is_prompt(run)]
+    return [*groups, others] if others else groups
+
+
+class _Found:
+    """What several steps found, put into the order of all runs."""
+
+    def __init__(self, runs: Several[Run]) -> None:
+        self.tokens: list[list[int]] = [[] for _ in runs]
+        self.margins: list[list[float]] = [[] for _ in runs]
+        self.logits: list[torch.Tensor] = [torch.empty(0) for _ in runs]
+        self.counts = [_outputs(run) for run in runs]
+        self.has_logits = False
+
+    def take(self, group: Several[int], found: Output) -> None:
+        start = 0
+        for index in group:
+            part = slice(start, start := start + self.counts[index])
+            self.tokens[index], self.margins[index] = found.tokens[part], found.margins[part]
+            if found.logits is not None:
+                self.logits[index], self.has_logits = found.logits[part].clone(), True  # the next step writes over them
+
+    @property
+    def output(self) -> Output:
+        logits = torch.cat(self.logits) if self.has_logits else None
+        return Output(list(chain.from_iterable(self.tokens)), list(chain.from_iterable(self.margins)), logits)
 
 
 class _Call:

@@ -46,6 +46,7 @@ class DistilOptions(Options):
     hidden: float = Field(default=0.0, ge=0)
     attention: float = Field(default=0.0, ge=0)
     rationale: float | None = Field(default=None, ge=0, le=1)
+    prompts: float = Field(default=0.0, ge=0)
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
     temperature: float = Field(default=1.0, gt=0, le=100)
     likeliest: int | None = Field(default=128, ge=1)
@@ -106,6 +107,8 @@ class Distil(Technique):
     attention           weight of the attention's divergence, ≥ 0, default 0.0. The teacher then runs in every step.
     rationale           share, 0 … 1, of what comes before the answer in the loss, where a row has a `rationale`, or the answer's
                         expression leaves one; default null: each token counts the same.
+    prompts             weight of each token of a prompt beside an answer's 1, ≥ 0, default 0.0: answers alone are learned. Some
+                        hundredths give a student that has lost blocks its language back, on the task's own text.
     divergence          forward (default): KL(teacher ‖ student), covers all that the teacher says. reverse: keeps to what it says
                         most. jensen_shannon: between them.
     temperature         of both distributions, above 0, default 1.0.

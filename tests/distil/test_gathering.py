@@ -89,6 +89,15 @@ def test_answers_end_and_prompts_are_not_learned(bundle: Bundle, spelling: Spell
     assert made.positions == len(made.ids) - first(made) - 1 == 4
 
 
+def test_prompts_are_learned_too_where_they_have_a_weight(bundle: Bundle, tmp_path: Path) -> None:
+    data = written(tmp_path, {"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"})
+    answers, both = (gather(Wanted(data=data, prompts=weight), bundle, Context()).examples for weight in (0.0, 0.25))
+    for alone, with_prompt in zip(answers, both, strict=True):
+        assert alone.ids == with_prompt.ids
+        assert set(with_prompt.weights) == {0.25, 1.0}
+        assert [weight or 0.25 for weight in alone.weights] == list(with_prompt.weights)
+
+
 def test_a_chat_ends_as_its_template_ends_it(bundle: Bundle) -> None:
     """The token of a turn's end, where engines stop at it, and not that of a text's."""
     tokenizer = copy.deepcopy(bundle.tokenizer)

@@ -228,7 +228,7 @@ static Model tiny(const Grid& grid, bool kv_is_half, int activation, Layer* laye
     Model m = {};
     m.layers = 2, m.hidden = 40, m.heads = 4, m.kv_heads = 2, m.head_dim = 24, m.intermediate = 72, m.vocabulary = 37;
     m.activation = activation, m.rotary_dim = 16, m.page = 32, m.kv_is_half = kv_is_half;
-    m.norm_epsilon = 1e-5f, m.attention_scale = 0.2f, m.embedding_scale = 1.5f, m.logits_scale = 0.7f;
+    m.norm_epsilon = 1e-5f, m.attention_scale = 0.2f, m.embedding_scale = 1.5f;
     for (int i = 0; i < m.layers; i++) {
         Layer& layer = layers[i];
         layer.qkv = matrix(grid, (m.heads + 2 * m.kv_heads) * m.head_dim, m.hidden, true);

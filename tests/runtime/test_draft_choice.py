@@ -52,7 +52,7 @@ class Known:
 
     def open(self) -> None: ...
 
-    def require(self, rooms: Sequence[Room]) -> None: ...
+    def require(self, rooms: Sequence[Room], beside: float = 0) -> None: ...
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None: ...
 
@@ -184,3 +184,19 @@ def test_reading_a_long_prompt_is_no_cost_of_a_drafted_token(double: DoubleStep)
     prompt = tuple(range(100))
     Loop(target, ModelDraft(draft), length, lambda: target.time + draft.time).run([Ask(prompt, 9)])
     assert length.draft_s <= 2.0, "a second for each token, and one for what was accepted before"
+
+
+def test_auto_leaves_out_drafts_that_memory_is_short_for(opened: Callable[..., NativeModel]) -> None:
+    model = opened()
+    model.drafts["other"] = open_native(tiny(num_hidden_layers=1), replace(FLOAT, most_kv_bytes=1000)).step
+    engine = NativeEngine(model, draft="auto", among=("prompt_lookup", "other"))
+    found = engine.generate([Request("0", PROMPT, 24)])
+    assert found.output_ids == NativeEngine(opened()).generate([Request("0", PROMPT, 24)]).output_ids
+    assert "other was not tried: keys and values of 1 × 44 tokens take" in engine.notes[-1]
+
+
+def test_drafting_models_count_among_the_weights(opened: Callable[..., NativeModel]) -> None:
+    model = opened()
+    alone = model.resident_bytes
+    model.drafts["other"] = open_native(tiny(num_hidden_layers=1), FLOAT).step
+    assert model.resident_bytes == alone + model.drafts["other"].weights_bytes

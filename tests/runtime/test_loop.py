@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from infopt.errors import InputError
 from infopt.protocols import Sampling
-from infopt.runtime.draft_length import RETRY, DraftLength
+from infopt.runtime import sampling
+from infopt.runtime.draft_length import FORGOTTEN, RETRY, DraftLength
 from infopt.runtime.drafts import Draft, ModelDraft, PromptLookup, Wanted
-from infopt.runtime.loop import Answer, Ask, Loop, Told
+from infopt.runtime.loop import MARGIN, Answer, Ask, Loop, Told
 from infopt.runtime.sampling import accept, draw, generator, probabilities
-from infopt.runtime.steps import Room
+from infopt.runtime.steps import Output, Room, Run
 
 
 class Adversary:
@@ -32,7 +33,7 @@ class Adversary:
 
     def open(self) -> None: ...
 
-    def require(self, rooms: Sequence[Room]) -> None: ...
+    def require(self, rooms: Sequence[Room], beside: float = 0) -> None: ...
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None: ...
 
@@ -202,7 +203,7 @@ def test_accepted_drafts_leave_the_distribution_alone(draft: str) -> None:
     source, pairs = generator(7), torch.zeros(7, 7)
     for _ in range(DRAWS):
         token = 1 if q is None else draw(q, source)
-        kept = accept([token], [q], [p, second], source)
+        kept = accept([token], [q], [p, second].__getitem__, source)
         pairs[kept[0], kept[1] if len(kept) > 1 else draw(second, source)] += 1
     variation, chi = distance(pairs.sum(1), p)
     assert variation < 0.006
@@ -215,8 +216,112 @@ def test_accepted_drafts_leave_the_distribution_alone(draft: str) -> None:
 def test_how_often_drafts_are_kept_is_what_the_distributions_share() -> None:
     p, q = probabilities(LOGITS, Sampling(1.0)), probabilities(LOGITS.roll(1), Sampling(1.0))
     source = generator(1)
-    kept = sum(len(accept([draw(q, source)], [q], [p, p], source)) - 1 for _ in range(20_000))
+    kept = sum(len(accept([draw(q, source)], [q], [p, p].__getitem__, source)) - 1 for _ in range(20_000))
     assert kept / 20_000 == pytest.approx(float(torch.minimum(p, q).sum()), abs=0.012)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.05, 0.99), st.sampled_from([1, 7, 4096]))
+def test_the_nucleus_is_that_of_a_full_sort(seed: int, mass: float, first: int) -> None:
+    logits = 3 * torch.randn(2000, generator=generator(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "LIKELIEST", first)
+        found = probabilities(logits, Sampling(1.0, top_p=mass))
+    ordered, ids = logits.softmax(-1).sort(descending=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = ids[before < mass]
+    sure = ids[(before - mass).abs() > 1e-5]  # sums in another order may differ on the edge
+    assert set(sure[torch.isin(sure, kept)].tolist()) == set(sure[found[sure] > 0].tolist())
+    assert float(found.sum()) == pytest.approx(1)
+
+
+def test_no_distribution_is_made_that_nobody_looks_at() -> None:
+    asked: list[int] = []
+
+    def target(index: int) -> torch.Tensor:
+        asked.append(index)
+        return torch.nn.functional.one_hot(torch.tensor(2), 5).float()
+
+    assert accept([4, 4, 4], [None] * 3, target, generator(0)) == [2]
+    assert asked == [0]
+
+
+@pytest.mark.parametrize(
+    "sampled", [Sampling(1.0, top_k=40, repetition_penalty=1.3), Sampling(0.8, top_p=0.7), Sampling(1.2, min_p=0.02)]
+)
+def test_the_loop_samples_as_without_a_draft(double: DoubleStep, sampled: Sampling) -> None:
+    """Two tokens after a prompt, drafted by another model: 2,000 rows, held against the exact distribution of both."""
+    rows, prompt = 2000, tuple(range(3, 9))
+    ask = Ask(prompt, 2, replace(sampled, candidates=rows), seed=5)
+    drafter = ModelDraft(DoubleStep(tiny(num_hidden_layers=1)))
+    found = Loop(double, drafter, DraftLength(1, is_fixed=True)).run([ask])
+    first = probabilities(logits_after(double, prompt), sampled, prompt)
+    counts = torch.bincount(torch.tensor([each.ids[0] for each in found]), minlength=VOCABULARY).double()
+    assert not counts[first == 0].any()
+    likeliest = int(first.argmax())
+    assert counts[likeliest] / rows == pytest.approx(float(first[likeliest]), abs=0.045)
+    second = probabilities(logits_after(double, (*prompt, likeliest)), sampled, (*prompt, likeliest))
+    after = [each.ids[1] for each in found if each.ids[0] == likeliest]
+    seen = torch.bincount(torch.tensor(after), minlength=VOCABULARY).double() / len(after)
+    assert not seen[second == 0].any()
+    assert float((seen - second).abs().sum()) / 2 < 1.3 * math.sqrt(int((second > 0).sum()) / len(after))
+
+
+def logits_after(step: DoubleStep, ids: Sequence[int]) -> torch.Tensor:
+    found = step.run([Run(step.open(), ids)]).logits
+    assert found is not None
+    return found[0]
+
+
+# When it ends
+
+
+class Failing(DoubleStep):
+    """Cannot run; says what was opened and closed."""
+
+    def __init__(self, inner: DoubleStep) -> None:
+        self.vocabulary, self.context, self.count = inner.vocabulary, inner.context, 0
+
+    def open(self) -> list[int]:
+        self.count += 1
+        return []
+
+    def close(self, sequence: list[int]) -> None:
+        self.count -= 1
+
+    def run(self, runs: Sequence[Run], want_logits: bool = True) -> Output:
+        raise InputError("a logit is not finite")
+
+
+def test_a_prompt_that_fails_leaves_nothing_open(double: DoubleStep) -> None:
+    step = Failing(double)
+    with pytest.raises(InputError, match="not finite"):
+        Loop(step).run([Ask((1, 2), 3), Ask((4,), 3, Sampling(1.0, candidates=3))])
+    assert step.count == 0
+
+
+def test_cancelled_beforehand_nothing_is_computed(double: DoubleStep) -> None:
+    before = double.tokens
+    found = Loop(double).run([Ask((1, 2), 3), Ask((4,), 3, Sampling(1.0, candidates=2))], is_cancelled=lambda: True)
+    assert [(each.ask, each.candidate, each.finish) for each in found] == [
+        (0, 0, "cancelled"), (1, 0, "cancelled"), (1, 1, "cancelled"),
+    ]  # fmt: skip
+    assert double.tokens == before
+
+
+def test_stop_texts_are_looked_for_among_the_last_tokens(double: DoubleStep) -> None:
+    lengths: list[int] = []
+
+    def decode(ids: list[int]) -> str:
+        lengths.append(len(ids))
+        return "".join(chr(0x4E00 + token) for token in ids)
+
+    ids = plain(double, Ask((5, 6, 7), 60)).ids
+    end = next(i for i in range(40, 59) if (ids[i - 1], ids[i]) not in list(zip(ids[:i], ids[1:i], strict=False)))
+    stop = "".join(chr(0x4E00 + token) for token in ids[end - 1 : end + 1])
+    found = plain(double, Ask((5, 6, 7), 60, stop_texts=(stop,), decode=decode))
+    assert (found.ids, found.finish) == (ids[: end + 1], "text")
+    assert max(lengths) <= len(stop.encode()) + MARGIN
 
 
 # Drafts and their length
@@ -233,9 +338,53 @@ def test_lookup_continues_the_latest_of_the_longest_matches(ids: list[int], most
     for size in (4, 3, 2):
         ends = [i for i in range(size, len(ids)) if ids[i - size : i] == ids[-size:]]
         if ends and size < len(ids):
-            wanted = tuple(ids[ends[-1] : ends[-1] + most])
+            text = list(ids)
+            for position in range(ends[-1], ends[-1] + most):  # as it was then; a loop goes on
+                text.append(text[position])
+            wanted = tuple(text[len(ids) :])
             break
     assert found.tokens == wanted
+
+
+def test_a_loop_is_drafted_to_the_end() -> None:
+    lookup = PromptLookup()
+    for text, expected in ((([7] * 9), (7,) * 6), ([7, 8] * 5, (7, 8) * 3)):
+        (found,) = lookup.propose([Wanted(lookup.open(), text, 6, generator(0), Sampling())])
+        assert found.tokens == expected
+
+
+def test_one_slow_step_is_forgotten() -> None:
+    length = DraftLength(most=8)
+    length.saw([(2, 0, 0)], 1.0)
+    length.saw([(2, 8, 8)], 20.0)
+    chosen = []
+    for _ in range(2 * FORGOTTEN):
+        count = length.choose(2)
+        chosen.append(count)
+        length.saw([(2, count, count)], 1 + 0.05 * count)
+    assert chosen[-1] == 8
+    assert chosen.count(0) <= 4
+
+
+def test_a_kind_that_was_refused_is_tried_again_whatever_others_do() -> None:
+    length = DraftLength(most=8)
+    length.saw([(2, 0, 0)], 1.0)
+    for _ in range(30):
+        length.saw([(2, 4, 0)], 1.2)
+    assert length.choose(2) == 0
+    for _ in range(RETRY):
+        length.saw([(2, 0, 0)], 1.0)
+        length.saw([(5, 8, 8)], 1.3)
+    assert length.choose(2) == 1
+
+
+def test_rows_are_measured_apart() -> None:
+    length = DraftLength(most=8)
+    for _ in range(5):
+        length.saw([(2, 0, 0)] * 8, 4.0)
+        length.saw([(2, 0, 0)], 1.0)
+    assert length.cost(8, rows=8) == 4.0
+    assert length.cost(8) < 2.0
 
 
 def test_lengths_follow_what_drafts_bring_and_cost() -> None:
@@ -247,6 +396,8 @@ def test_lengths_follow_what_drafts_bring_and_cost() -> None:
     assert length.choose(3) >= 8
     for _ in range(200):
         length.saw([(3, 1, 0)], 1.2)
+    assert length.choose(3) == 0, "a plain step is due"
+    length.saw([(3, 0, 0)], 1.0)
     assert length.choose(3) == 0
     for _ in range(RETRY):
         length.saw([(0, 0, 0)], 1.0)
@@ -261,7 +412,9 @@ def test_a_dear_verification_is_not_asked_for() -> None:
 
 
 def test_costs_lie_between_what_was_measured() -> None:
-    length = DraftLength(most=8, seconds={1: 1.0, 5: 2.0})
+    length = DraftLength(most=8)
+    length.saw([(0, 0, 0)], 1.0)
+    length.saw([(0, 4, 4)], 2.0)
     assert [length.cost(n) for n in (1, 3, 5)] == [1.0, 1.5, 2.0]
     assert length.cost(9) > 2.0
     assert math.isclose(DraftLength(4).cost(1), 1.0)

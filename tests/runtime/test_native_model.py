@@ -221,3 +221,48 @@ def test_a_swapped_head_is_int8_beside_integers(make: Make) -> None:
     opened = open_native(make(), Settings(2, weights="int4", way="swapped"))
     assert [packed.kind for packed in opened.step.packed][-1] == "int8"
     assert {packed.kind for packed in opened.step.packed[:-1]} == {"int4"}
+
+
+def test_layers_that_do_something_else_stay_as_they_are() -> None:
+    class Router(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(2 * x)
+
+    model = moe()
+    router = Router(96, 4, bias=False)
+    model.model.layers[0].extra = router
+    opened = SwappedStep(model, threads=1)
+    assert opened.model.model.layers[0].extra is router
+    assert isinstance(opened.model.lm_head, KernelLinear)
+
+
+@pytest.mark.parametrize("kind", ["PhimoeConfig", "Llama4TextConfig", "OpenAIGPTConfig", "XLNetConfig", "CodeGenConfig"])
+def test_odd_classes_run_as_their_modules_do_or_are_refused(kind: str) -> None:
+    config = getattr(transformers, kind)()
+    small = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
+             "intermediate_size": 64, "intermediate_size_mlp": 64, "vocab_size": VOCABULARY, "num_local_experts": 2, "d_inner": 64,
+             "rotary_dim": 8}  # fmt: skip
+    for name, value in small.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    config.dtype = torch.float32
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    ids = torch.tensor([IDS[:12]])
+    wanted = model(input_ids=ids).logits
+    try:
+        opened = open_native(model, FLOAT)
+    except Unfit as error:
+        assert "swapped layers do not fit" in str(error)
+        return
+    assert torch.allclose(opened(input_ids=ids).logits, wanted, atol=1e-4 * float(wanted.std()), rtol=1e-4)
+    assert len(Loop(opened.step).run([Ask(tuple(IDS[:9]), 5)])[0].ids) == 5
+
+
+def test_room_is_predicted_for_swapped_layers_too(make: Make) -> None:
+    settings = Settings(2, "float32", "float32", "float32", "swapped", most_kv_bytes=500_000)
+    step = open_native(make(), settings).step
+    each = step.kv_bytes(1)
+    assert each == 2 * 3 * 2 * 16 * 4
+    Loop(step).run([Ask(tuple(IDS[:9]), 3)])
+    with pytest.raises(InputError, match=r"keys and values of 2 × 300 tokens take .*; 500 kB are left"):
+        Loop(step).run([Ask(tuple(IDS[:9]), 291)] * 2)

@@ -14,7 +14,7 @@ from conftest_runtime import SHAPES, VOCABULARY
 from infopt.errors import InputError
 from infopt.runtime import architecture
 from infopt.runtime.decoder import Unfit
-from infopt.runtime.pages import PAGE
+from infopt.runtime.pages import PAGE, Budget
 from infopt.runtime.steps import Room, Run
 from infopt.runtime.whole_step import CHUNK, WholeStep
 
@@ -36,6 +36,10 @@ def wanted(model: Any, ids: list[int]) -> torch.Tensor:
 def opened(model: Any, **settings: Any) -> WholeStep:
     """Of a copy: a step consumes its model."""
     return WholeStep(copy.deepcopy(model), **settings)
+
+
+def float32(model: Any) -> WholeStep:
+    return WholeStep(model, threads=2, weights="float32", head="float32", kv="float32")
 
 
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -203,7 +207,7 @@ def test_a_token_has_the_same_logits_however_many_are_verified_with_it(make: Mak
 
 
 def test_too_much_is_refused_before_anything_is_computed(make: Make) -> None:
-    step = WholeStep(make(), threads=2, most_kv_bytes=300_000)
+    step = WholeStep(make(), threads=2, budget=Budget(300_000))
     with pytest.raises(InputError, match=r"8 × 400 tokens take .* MB; .* kB are left"):
         step.require([Room(400, 8)])
     sequence = step.open()
@@ -225,7 +229,7 @@ def test_a_nan_names_its_layer(make: Make) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_classes_are_checked_on_a_small_model(make: Make, name: str) -> None:
-    architecture.check(make(name), threads=2)
+    architecture.check(make(name), float32)
 
 
 def test_a_class_that_computes_something_else_is_found_out(make: Make) -> None:
@@ -236,7 +240,7 @@ def test_a_class_that_computes_something_else_is_found_out(make: Make) -> None:
             return found
 
     with pytest.raises(Unfit, match="of their spread off"):
-        architecture.check(Doubled(make().config), threads=2)
+        architecture.check(Doubled(make().config), float32)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -258,16 +262,82 @@ def test_what_does_not_fit_is_refused_with_the_reason(name: str) -> None:
                                            "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 99}  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**base, **own))
     with pytest.raises(Unfit, match=reason):
-        architecture.check(model, threads=2)
+        architecture.check(model, float32)
 
 
 def test_room_is_counted_by_row_and_shared_prompts_once(make: Make) -> None:
     step = WholeStep(make(), threads=1)
     page = step.pages.page_bytes
-    limited = WholeStep(make(), threads=1, most_kv_bytes=10 * page)
+    limited = WholeStep(make(), threads=1, budget=Budget(10 * page))
     limited.require([Room(400), Room(64), Room(100)])  # 7 + 1 + 2 pages, where 3 × 400 tokens would take 21
     limited.require([Room(200, sequences=7, shared=192)])  # 3 pages together and one of each
     with pytest.raises(InputError, match=r"1 × 400 and 2 × 100 tokens take"):
         limited.require([Room(400), Room(100), Room(100)])
     with pytest.raises(InputError, match=r"7 × 200 tokens take"):
         limited.require([Room(200, sequences=7, shared=191)])
+
+
+def test_prompts_of_a_batch_go_in_chunks_too(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = float32(make())
+    runs = [(step.open(), IDS[start : start + count]) for start, count in ((0, 70), (5, 3), (9, 100), (20, 40), (2, 1), (30, 60))]
+    together: list[int] = []
+    inner = step._step
+
+    def counted(chosen: Any, *given: Any, **named: Any) -> Any:
+        together.append(sum(len(run.ids) for run in chosen))
+        return inner(chosen, *given, **named)
+
+    monkeypatch.setattr(step, "_step", counted)
+    found = step.run([Run(sequence, ids) for sequence, ids in runs])
+    assert together == [70, 100, 100, 4], "prompts of 40 and 60 go together, those of 3 and 1 by themselves"
+    assert found.logits is not None
+    for index, (row, (_, ids)) in enumerate(zip(found.logits, runs, strict=True)):
+        alone = step.run([Run(step.open(), ids)])
+        assert found.tokens[index] == alone.tokens[0]
+        assert found.margins[index] == pytest.approx(alone.margins[0], rel=1e-4)
+        assert alone.logits is not None
+        assert off(row, alone.logits[0]) < 1e-5, "but for rounding, no prompt depends on those beside it"
+
+
+def test_shapes_that_buffers_are_not_made_for_are_refused(make: Make) -> None:
+    with pytest.raises(Unfit, match="its heads have 576 numbers; the kernels hold 512 at most"):
+        float32(make(hidden_size=576, head_dim=576, num_attention_heads=1, num_key_value_heads=1))
+    model = make()
+    wide = model.model.layers[2].mlp
+    for name, shape in (("gate_proj", (96, 144)), ("up_proj", (96, 144)), ("down_proj", (144, 96))):
+        setattr(wide, name, torch.nn.Linear(*shape, bias=False))
+    with pytest.raises(Unfit, match=r"layer 2 has products of \(160, 96, 288, 144\), where the configuration says"):
+        float32(model)
+
+
+def test_what_keeps_a_small_model_from_running_is_a_reason(make: Make) -> None:
+    def fails(model: Any) -> Any:
+        raise RuntimeError("shape [1, 40, 4, 0, 16] is invalid")
+
+    with pytest.raises(Unfit, match="a small model of its class does not run: RuntimeError: shape"):
+        architecture.check(make(), fails)
+
+
+def test_a_table_is_whole_after_memory_ran_out(make: Make) -> None:
+    model = make()
+    page = WholeStep(make(), threads=1).pages.page_bytes
+    step = WholeStep(model, threads=1, budget=Budget(2 * page))
+    sequence = step.open()
+    with pytest.raises(InputError, match="which is all that is allowed"):
+        step.pages.reserve(sequence, 3 * PAGE)
+    assert sequence.table is not None
+    assert len(sequence.table) == len(sequence.pages) == 2
+    step.close(sequence)
+    assert step.run([Run(step.open(), IDS[: 2 * PAGE])]).tokens
+
+
+def test_a_budget_is_shared_with_early_layers(make: Make) -> None:
+    whole = WholeStep(make(), threads=1, budget=Budget(7 * WholeStep(make(), threads=1).pages.page_bytes))
+    early = whole.first_layers(1)
+    rooms = [Room(6 * PAGE)]
+    early.require(rooms, beside=whole.require(rooms[:0]))
+    with pytest.raises(InputError, match=r"1 × 384 tokens take .*; .* are left"):
+        early.require(rooms, beside=whole.require(rooms))
+    whole.run([Run(whole.open(), IDS[:128])], want_logits=False)
+    with pytest.raises(InputError, match="are left"):
+        whole.require(rooms)

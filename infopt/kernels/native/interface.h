@@ -42,7 +42,7 @@ struct Layer {
 struct Model {
     int32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocabulary, activation;
     int32_t rotary_dim, page, kv_is_half;  // page: positions, a multiple of 16
-    float norm_epsilon, attention_scale, embedding_scale, logits_scale;
+    float norm_epsilon, attention_scale, embedding_scale;
     const Layer* layer;
     const Matrix* embedding;  // read by row
     const Matrix* head;

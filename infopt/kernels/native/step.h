@@ -366,7 +366,7 @@ class Step {
         const int stride = blocks_of(w) * LANES;
         const Inputs in = prepare(w, batch.outputs, thread, [&](int i, float* to) { normed(batch.output_token[i], m.final_norm, to); });
         products(w, in, batch.outputs, thread, [&](int block, int i, int columns, F(*y)[MOST_TOGETHER]) {
-            for (int c = 0; c < columns; c++) offer(batch, thread, i + c, block, mul(y[0][c], set1(m.logits_scale)), stride);
+            for (int c = 0; c < columns; c++) offer(batch, thread, i + c, block, y[0][c], stride);
         });
     }
 
