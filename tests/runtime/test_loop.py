@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -317,7 +318,7 @@ def test_stop_texts_are_looked_for_among_the_last_tokens(double: DoubleStep) -> 
         return "".join(chr(0x4E00 + token) for token in ids)
 
     ids = plain(double, Ask((5, 6, 7), 60)).ids
-    end = next(i for i in range(40, 59) if (ids[i - 1], ids[i]) not in list(zip(ids[:i], ids[1:i], strict=False)))
+    end = next(i for i in range(40, 59) if (ids[i - 1], ids[i]) not in list(pairwise(ids[:i])))
     stop = "".join(chr(0x4E00 + token) for token in ids[end - 1 : end + 1])
     found = plain(double, Ask((5, 6, 7), 60, stop_texts=(stop,), decode=decode))
     assert (found.ids, found.finish) == (ids[: end + 1], "text")

@@ -240,8 +240,8 @@ def test_layers_that_do_something_else_stay_as_they_are() -> None:
 def test_odd_classes_run_as_their_modules_do_or_are_refused(kind: str) -> None:
     config = getattr(transformers, kind)()
     small = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16,
-             "intermediate_size": 64, "intermediate_size_mlp": 64, "vocab_size": VOCABULARY, "num_local_experts": 2, "d_inner": 64,
-             "rotary_dim": 8}  # fmt: skip
+             "intermediate_size": 64, "intermediate_size_mlp": 64, "vocab_size": VOCABULARY, "num_local_experts": 2,
+             "d_inner": 64, "rotary_dim": 8}  # fmt: skip
     for name, value in small.items():
         if hasattr(config, name):
             setattr(config, name, value)
@@ -251,8 +251,8 @@ def test_odd_classes_run_as_their_modules_do_or_are_refused(kind: str) -> None:
     wanted = model(input_ids=ids).logits
     try:
         opened = open_native(model, FLOAT)
-    except Unfit as error:
-        assert "swapped layers do not fit" in str(error)
+    except Unfit:  # with both reasons, as other tests see to
+        assert model(input_ids=ids).logits.equal(wanted), "it is whole"
         return
     assert torch.allclose(opened(input_ids=ids).logits, wanted, atol=1e-4 * float(wanted.std()), rtol=1e-4)
     assert len(Loop(opened.step).run([Ask(tuple(IDS[:9]), 5)])[0].ids) == 5
