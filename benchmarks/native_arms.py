@@ -119,6 +119,24 @@ def token_seconds_beside_reads(step: Any, prompt: list[int], new: int) -> tuple[
     return took, per_byte
 
 
+def divergence(step: Any, prompt: list[int], plain: list[int], drafted: list[int]) -> list[dict[str, float]]:
+    """Where two greedy texts part, if they do: by how much the likeliest token was ahead, and how far the logits of a stretch
+    that is computed at once lie from those of its tokens one by one, twice, since both of two logits may move."""
+    at = next((i for i, (a, b) in enumerate(zip(plain, drafted, strict=True)) if a != b), None)
+    if at is None:
+        return []
+    ids = [*prompt, *plain[:at]]
+    sequence = step.open()
+    step.run([Run(sequence, ids[:-9])], want_logits=False)
+    together = step.run([Run(sequence, ids[-9:], all_logits=True)])
+    margin, logits = together.margins[-1], together.logits.clone()
+    step.cut(sequence, len(ids) - 9)
+    singly = [step.run([Run(sequence, [token])]).logits[0].clone() for token in ids[-9:]]
+    step.close(sequence)
+    noise = max(float((a - b).abs().max()) for a, b in zip(logits, singly, strict=True))
+    return [{"token": at, "margin": margin, "noise": 2 * noise}]
+
+
 def fill(step: Any, prompt: list[int]) -> None:
     sequence = step.open()
     step.run([Run(sequence, prompt)], want_logits=False)
