@@ -3,6 +3,7 @@
     InfoptError                       1  the tool or the run failed
     ├── InputError                    2  refused before work starts: a bad flag, file, model or prompt
     │   ├── RecipeError               2  a recipe that does not say what it should
+    │   ├── DivergedError             2  training ran into a number that is none, and would again
     │   └── MissingNeedError          2  this machine lacks what the recipe needs (see `infopt doctor`)
     ├── LoadBackError                 1  a saved artifact does not reload as what was saved
     ├── WorkerError                   1  a measuring process died or answered nonsense
@@ -54,6 +55,10 @@ class RecipeError(InputError):
     def __init__(self, path: str, message: str, *, hint: str | None = None) -> None:
         super().__init__(f"{path}: {message}" if path else message, hint=hint)
         self.path = path
+
+
+class DivergedError(InputError):
+    pass
 
 
 class MissingNeedError(InputError):

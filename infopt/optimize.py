@@ -20,7 +20,7 @@ from infopt import __version__, artifact, host, leakage, pipeline, units
 from infopt.arms import ArmSpec, file_name
 from infopt.artifact import Artifact, LoadBack
 from infopt.data import texts
-from infopt.errors import InfoptError, InputError, LoadBackError
+from infopt.errors import DivergedError, InfoptError, InputError, LoadBackError
 from infopt.model import atomic, cache, checkpoint, compressed, load, reference, save, shapes
 from infopt.model.quiet import quiet
 from infopt.protocols import Context, Progress
@@ -93,7 +93,7 @@ def optimize(
             )
             leakage.write(chosen, source, staging)
             (staging / artifact.FILE).write_text(dump(document), encoding="utf-8")
-            (staging / "README.md").write_text(model_card(document), encoding="utf-8")
+            (staging / "README.md").write_text(model_card(document, staging), encoding="utf-8")
     return document
 
 
@@ -129,7 +129,8 @@ def unfinished(out: Path, key: str, resume: bool | None) -> Iterator[Path]:
         except BaseException as error:
             if any(folder.glob("*/*")) and not isinstance(error, LoadBackError):
                 size = units.size(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
-                error.add_note(f"the same command with --resume goes on from where it was last kept ({size} in {folder})")
+                if not isinstance(error, DivergedError):  # it would come to the same end
+                    error.add_note(f"the same command with --resume goes on from where it was last kept ({size} in {folder})")
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -307,8 +308,9 @@ def compare_probe(made: torch.Tensor, reloaded: torch.Tensor, tolerance: float, 
 ROUNDING = 1e-4
 
 
-def model_card(document: Artifact) -> str:
-    """README.md of an artifact: what it is, how it was made, how far its reload was checked."""
+def model_card(document: Artifact, folder: Path) -> str:
+    """README.md of an artifact: what it is, how it was made, how far its reload was checked, and what steps wrote of their work
+    into `folder`: texts as they are, plots."""
     steps = ", ".join(step.name for step in document.steps) or "dtype only"
     at_load = [step.name for step in document.steps if step.is_at_load]
     lines = [
@@ -338,4 +340,7 @@ def model_card(document: Artifact) -> str:
         )
         for check in document.load_back
     ]
-    return "\n".join([*lines, "", "```", "infopt bench <this folder>", 'infopt generate <this folder> "Hello"', "```", ""])
+    lines += ["", "```", "infopt bench <this folder>", 'infopt generate <this folder> "Hello"', "```", ""]
+    lines += [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md")) if path.name != "README.md"]
+    lines += [f"![{path.stem}]({path.name})\n" for path in sorted(folder.glob("*.svg"))]
+    return "\n".join(lines)

@@ -394,7 +394,7 @@ def engine(bundle: Bundle, chosen: Recipe) -> Engine:
         notes=bundle.notes,
         **options,
     )
-    # What the last step says holds: one after pruning may fill the zeros, or store them in fewer bits.
-    last = [techniques.find(step.name)(step.options).remark for step in chosen.steps[-1:]]
-    made.notes = (*made.notes, *filter(None, last))
+    # What the last step says holds: one after pruning may fill the zeros, or store them in fewer bits. Tokens stay what they are.
+    steps = [done for step in chosen.steps if not (done := techniques.find(step.name)(step.options)).is_record]
+    made.notes += tuple(each.remark for each in steps if each.remark and (each is steps[-1] or not each.keeps_vocabulary))
     return made

@@ -79,12 +79,23 @@ def ranked(mean_logprobs: Sequence[float | None] | None, number: int) -> list[in
     return sorted(range(number), key=lambda index: (-known[index], index))
 
 
+def last_match(text: str, answer: str) -> re.Match[str] | None:
+    """Where the text says its answer."""
+    last = deque(re.finditer(answer, text), maxlen=1)
+    return last[0] if last else None
+
+
+def answer_in(text: str, answer: str | None = None) -> str:
+    """What the text says, as it stands there; empty where the expression does not match."""
+    if answer is None:
+        return text
+    last = last_match(text, answer)
+    return (last[1 if last.re.groups else 0] or "") if last else ""
+
+
 def said(text: str, answer: str | None = None) -> str | None:
     """What a candidate votes for; None where it says nothing."""
-    if answer is not None:
-        last = deque(re.finditer(answer, text), maxlen=1)
-        text = (last[0][1 if last[0].re.groups else 0] or "") if last else ""
-    return " ".join(text.split()).casefold() or None
+    return " ".join(answer_in(text, answer).split()).casefold() or None
 
 
 def require_rules(prompts: Sequence[Prompt], how: Choose | None) -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infopt.data import prompts
-from infopt.data.candidates import choose, said
+from infopt.data.candidates import answer_in, choose, last_match, said
 from infopt.data.jsonl import short
 from infopt.data.lessons import Lesson, read_lessons
 from infopt.distil.examples import Example, batches, split
 from infopt.distil.spelling import Spelling
 from infopt.errors import InputError
+from infopt.model.atomic import writing
 from infopt.protocols import Context, Request, Sampling
 from infopt.result import write_atomic
 
@@ -51,12 +51,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Answered:
-    """A row with an answer to learn. `ids`: the answer's tokens with its end, where they are known. `votes`: what all samples
-    said of it, where there were several."""
+    """A row with all that is answered: `reason` characters that say why, and what it `says`, by which it is judged: the text
+    behind these, or what the answer's expression finds. `ids`: the tokens with their end, where a model wrote them. `votes`: what
+    all samples said, where there were several."""
 
     lesson: Lesson
-    response: str
-    rationale: str | None = None
+    text: str
+    says: str
+    reason: int = 0
     ids: tuple[int, ...] = ()
     has_ended: bool = True
     votes: tuple[str | None, ...] = ()
@@ -93,6 +95,19 @@ class Gathered:
                 for reason, found in sorted(self.thrown.items())
             },
         }
+
+    def described(self) -> str:
+        """The same for people, in Markdown."""
+        found = self.summary()
+        learned = f"{found['examples']} examples ({found['tokens']} tokens), {found['validation_examples']} more validate"
+        lines = [f"Learned from `{self.source}`, {self.rows} rows: {learned}.", ""]
+        if self.thrown:
+            lines += ["| thrown away | rows | one of them |", "|---|---:|---|"]
+            lines += [
+                f"| {reason} | {len(rows)} | {rows[0][0]}: {rows[0][1].replace('|', chr(92) + '|')} |"
+                for reason, rows in sorted(self.thrown.items())
+            ]
+        return "\n".join([*lines, ""])
 
 
 def gather(wanted: Wanted, bundle: Bundle, context: Context) -> Gathered:
@@ -163,83 +178,114 @@ def _of_rows(
         answered = sift(answered, spelling, thrown)
     examples, groups = [], []
     for each in answered:
-        made = spelling.example(each.lesson, each.response, each.rationale, each.ids, wanted.rationale, wanted.prompts)
-        if len(made.ids) > spelling.context or not made.positions:
-            thrown.setdefault("longer than the model's context", []).append((each.lesson.where, short(each.response)))
+        made = spelling.example(each.lesson, each.text, each.ids, each.reason, wanted.rationale, wanted.prompts)
+        if len(made.ids) > spelling.context:
+            thrown.setdefault("longer than the model's context", []).append((each.lesson.where, short(each.text)))
+        elif not made.positions:
+            thrown.setdefault("nothing to predict", []).append((each.lesson.where, short(each.text)))
         else:
             examples.append(made)
             asked = made.ids if each.lesson.prompt is None else prompts.encode(each.lesson.prompt, bundle.tokenizer)
-            groups.append("".join(str(bundle.tokenizer.decode(list(asked))).split()).casefold())
-    return examples, groups
+            groups.append(str(bundle.tokenizer.decode(list(asked))))
+    return examples, alike(groups, wanted.validation)
+
+
+def alike(texts: Sequence[str], share: float) -> list[str]:
+    """A name for each, the same for those that differ in case and space, or nearly say the same (`infopt.data.duplicates`).
+
+    More of one kind than the `share` that validates are forms that were filled in: they are told apart all the same.
+    """
+    from infopt.data.duplicates import groups
+    from infopt.data.overlap import Piece, Words
+
+    names = [key(text) for text in texts]
+    for group in groups(Words.of(Piece(row, row, text) for row, text in enumerate(texts))) if texts else []:
+        if len(group) <= max(2, share * len(texts)):
+            for row in group[1:]:
+                names[row] = names[group[0]]
+    return names
+
+
+def key(text: str) -> str:
+    """The same for texts that differ in case and space alone."""
+    return "".join(text.split()).casefold()
 
 
 def _own(lesson: Lesson, answer: str | None) -> Answered:
     if lesson.response is None:
-        return Answered(lesson, lesson.text or "")
+        return Answered(lesson, lesson.text or "", lesson.text or "")
     if lesson.rationale is not None:
-        return Answered(lesson, lesson.response, lesson.rationale)
-    rationale, response = apart(lesson.response, answer)
-    return Answered(lesson, response, rationale)
+        before = lesson.rationale if lesson.rationale[-1:].isspace() else f"{lesson.rationale}\n"
+        return Answered(lesson, before + lesson.response, lesson.response, len(before))
+    return Answered(lesson, lesson.response, answer_in(lesson.response, answer), reason_in(lesson.response, answer))
 
 
 def write_answers(lessons: Sequence[Lesson], wanted: Wanted, spelling: Spelling, context: Context) -> list[Answered]:
     """What the teacher answers to each prompt: of several samples the first of those that most say."""
-    assert context.open_engine is not None
-    engine = context.open_engine(wanted.teacher, Sampling(temperature=wanted.answer_temperature, candidates=wanted.samples))
-    tokenizer, found = spelling.tokenizer, []
     asked = [(lesson, lesson.prompt) for lesson in lessons if lesson.prompt is not None]
-    try:
-        for start in range(0, len(asked), TOGETHER):
-            context.progress(f"distil: the teacher answers {start + 1} … of {len(asked)} prompts")
-            part = asked[start : start + TOGETHER]
-            requests = [
-                Request(
-                    str(number), ids := prompts.encode(prompt, tokenizer),
-                    min(prompt.max_tokens or wanted.answer_tokens, spelling.context - len(ids)), False, context.seed + number,
-                )
-                for number, (_, prompt) in enumerate(part, start=start)
-            ]  # fmt: skip
-            rows = engine.generate(requests).output_ids
-            for number, (lesson, _) in enumerate(part):
-                own = rows[number * wanted.samples : (number + 1) * wanted.samples]
-                texts = [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in map(spelling.without_end, own)]
-                chosen = choose(texts, "majority", answer=wanted.answer).index
-                votes = tuple(said(text, wanted.answer) for text in texts) if wanted.samples > 1 else ()
-                rationale, response = apart(texts[chosen], wanted.answer)
-                ids = own[chosen]
-                found.append(Answered(lesson, response, rationale, ids, bool(ids) and ids[-1] in spelling.ends, votes))
-    finally:
-        engine.close()
+    requests = [
+        Request(
+            str(number), ids := prompts.encode(prompt, spelling.tokenizer),
+            min(prompt.max_tokens or wanted.answer_tokens, spelling.context - len(ids)), False, context.seed + number,
+        )
+        for number, (_, prompt) in enumerate(asked)
+    ]  # fmt: skip
+    rows = _said(requests, wanted, context, "prompts")
+    found = []
+    for number, (lesson, _) in enumerate(asked):
+        own = rows[number * wanted.samples : (number + 1) * wanted.samples]
+        texts = [str(spelling.tokenizer.decode(spelling.without_end(ids), skip_special_tokens=True)) for ids in own]
+        chosen = choose(texts, "majority", answer=wanted.answer).index
+        votes = tuple(said(text, wanted.answer) for text in texts) if wanted.samples > 1 else ()
+        text, ids = texts[chosen], own[chosen]
+        says, reason = answer_in(text, wanted.answer), reason_in(text, wanted.answer)
+        found.append(Answered(lesson, text, says, reason, ids, bool(ids) and ids[-1] in spelling.ends, votes))
     return found
 
 
 def continued(wanted: Wanted, context: Context) -> list[Example]:
     """What the teacher makes of the first quarter of each window: its own words, of which those after the quarter are learned."""
+    openings = [tuple(window[: max(1, len(window) // 4)]) for window in context.calibration_ids]
+    requests = [
+        Request(str(number), opening, wanted.answer_tokens, True, context.seed + number)
+        for number, opening in enumerate(openings)
+    ]
+    said_all = _said(requests, wanted, context, "windows")
+    return [Example.of_answer(opening, found) for opening, found in zip(openings, said_all, strict=True)]
+
+
+def _said(requests: Sequence[Request], wanted: Wanted, context: Context, what: str) -> list[tuple[int, ...]]:
+    """The teacher's rows, request after request. They are kept as they come, and a run that goes on asks for the others."""
     assert context.open_engine is not None
-    windows = context.calibration_ids
-    engine = context.open_engine(wanted.teacher, Sampling(temperature=wanted.answer_temperature))
-    examples = []
+    kept = context.unfinished / "answers.jsonl" if context.unfinished else None
+    found = _whole_lines(kept) if kept else []
+    engine = context.open_engine(wanted.teacher, Sampling(temperature=wanted.answer_temperature, candidates=wanted.samples))
     try:
-        for start in range(0, len(windows), TOGETHER):
-            context.progress(f"distil: the teacher goes on from {start + 1} … of {len(windows)} windows")
-            openings = [tuple(window[: max(1, len(window) // 4)]) for window in windows[start : start + TOGETHER]]
-            requests = [
-                Request(str(number), opening, wanted.answer_tokens, True, context.seed + number)
-                for number, opening in enumerate(openings, start=start)
-            ]
-            said_all = engine.generate(requests).output_ids
-            examples += [Example.of_answer(opening, found) for opening, found in zip(openings, said_all, strict=True)]
+        for start in range(len(found) * TOGETHER, len(requests), TOGETHER):
+            context.progress(f"distil: the teacher answers {start + 1} … of {len(requests)} {what}")
+            found.append([list(ids) for ids in engine.generate(requests[start : start + TOGETHER]).output_ids])
+            if kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                with writing(kept.parent), kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(found[-1]) + "\n")
     finally:
         engine.close()
-    return examples
+    return [tuple(ids) for rows in found for ids in rows]
 
 
-def apart(text: str, answer: str | None) -> tuple[str | None, str]:
-    """(what comes before the answer, the answer); (None, the text) where the expression does not match, or nothing does."""
-    last = deque(re.finditer(answer, text), maxlen=1) if answer is not None else None
-    if not last or not text[: last[0].start()].strip():
-        return None, text
-    return text[: last[0].start()], text[last[0].start() :]
+def _whole_lines(path: Path) -> list[list[list[int]]]:
+    """What each line holds; a last one that was not written to its end is taken off the file."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    if len(whole) < len(lines):
+        write_atomic(path, "".join(whole))
+    return [json.loads(line) for line in whole]
+
+
+def reason_in(text: str, answer: str | None) -> int:
+    """Characters before what the answer's expression finds last; 0 where it finds nothing, or nothing is before it."""
+    last = last_match(text, answer) if answer is not None else None
+    return last.start() if last and text[: last.start()].strip() else 0
 
 
 def sift(answered: Iterable[Answered], spelling: Spelling, thrown: Thrown) -> list[Answered]:
@@ -249,7 +295,7 @@ def sift(answered: Iterable[Answered], spelling: Spelling, thrown: Thrown) -> li
     """
 
     def throw(reason: str, each: Answered) -> None:
-        thrown.setdefault(reason, []).append((each.lesson.where, short(each.response)))
+        thrown.setdefault(reason, []).append((each.lesson.where, short(each.text)))
 
     kept: list[Answered] = []
     for each in answered:
@@ -261,30 +307,33 @@ def sift(answered: Iterable[Answered], spelling: Spelling, thrown: Thrown) -> li
     by_prompt: dict[str, set[str | None]] = defaultdict(set)
     for each in kept:
         if each.lesson.prompt is not None:
-            by_prompt[each.lesson.asked].add(said(each.response))
+            by_prompt[key(each.lesson.asked)].add(said(each.says))
     left, seen = [], set()
     for each in kept:
-        key = (each.lesson.asked, said(each.response))
-        if len(by_prompt[each.lesson.asked]) > 1:
+        asked = key(each.lesson.asked)
+        if len(by_prompt[asked]) > 1:
             throw("contradiction", each)
-        elif key in seen:
+        elif (asked, said(each.says)) in seen:
             throw("duplicate", each)
         else:
-            seen.add(key)
+            seen.add((asked, said(each.says)))
             left.append(each)
     return left
 
 
 def wrong(each: Answered, spelling: Spelling) -> str | None:
-    """Why an answer is not to be learned; None where it is."""
-    if not each.response.strip():
+    """Why an answer is not to be learned; None where it is. Rules see what it says, without the reasons for it."""
+    if not each.text.strip():
         return "says nothing"
     if not each.has_ended:
         return "has no end"
+    if not each.says.strip():
+        return "has no answer"
     rules = each.lesson.prompt.expect if each.lesson.prompt else None
     if rules:
-        count = len(spelling.without_end(each.ids) or spelling.ids(each.response))
-        broken = rules.check(each.response, count)
+        is_whole = each.says == each.text
+        count = len(spelling.without_end(each.ids) if each.ids and is_whole else spelling.ids(each.says))
+        broken = rules.check(each.says, count)
         if broken:
             return f"breaks {broken[0].rule}"
     if each.votes:

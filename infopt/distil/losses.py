@@ -41,9 +41,12 @@ class Likeliest:
     @staticmethod
     def of(logits: torch.Tensor, count: int, temperature: float = 1.0) -> Likeliest:
         """The `count` likeliest of [positions, vocabulary]."""
-        every = (logits.float() / temperature).log_softmax(-1)
-        tokens = every.topk(min(count, logits.shape[-1]), dim=-1).indices
-        return Likeliest(tokens, _with_rest(every, tokens))
+        found = []
+        for start in range(0, len(logits), POSITIONS):
+            every = (logits[start : start + POSITIONS].float() / temperature).log_softmax(-1)
+            tokens = every.topk(min(count, logits.shape[-1]), dim=-1).indices
+            found.append((tokens, _with_rest(every, tokens)))
+        return Likeliest(torch.cat([tokens for tokens, _ in found]), torch.cat([levels for _, levels in found]))
 
 
 Target = torch.Tensor | Likeliest

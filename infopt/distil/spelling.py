@@ -48,27 +48,24 @@ class Spelling:
     def example(
         self,
         lesson: Lesson,
-        response: str,
-        rationale: str | None,
+        text: str,
         own: Sequence[int] = (),
+        reason: int = 0,
         share: float | None = None,
         asked: float = 0.0,
     ) -> Example:
-        """`own`: the answer's tokens, rationale and end included, where a model wrote them: they are learned as they are.
+        """`text`: all that is answered. `own`: its tokens and their end, where a model wrote them: they are learned as they are.
 
-        `share`: of the rationale in the loss; None counts every token alike. `asked`: weight of each token of the prompt.
+        `reason`: characters at its front that say why, whose share in the loss is `share`; None counts every token alike.
+        `asked`: weight of each token of the prompt.
         """
         if lesson.prompt is None:
-            ids = [int(token) for token in self.tokenizer(response, verbose=False)["input_ids"]]
+            ids = [int(token) for token in self.tokenizer(text, verbose=False)["input_ids"]]
             end = self.tokenizer.eos_token_id
             return Example.of_text(ids if end is None else [*ids, int(end)])
-        prompt = prompts.encode(lesson.prompt, self.tokenizer)
-        if own:
-            reason = self._until(own, len(rationale)) if rationale else 0
-            return Example.of_answer(prompt, own, _weights(reason, len(own), share), asked)
-        before = [] if rationale is None else self.ids(rationale if rationale[-1:].isspace() else f"{rationale}\n")
-        answer = [*before, *self.ids(response), *self._end(lesson.prompt)]
-        return Example.of_answer(prompt, answer, _weights(len(before), len(answer), share), asked)
+        prompt, answer = prompts.encode(lesson.prompt, self.tokenizer), own or [*self.ids(text), *self._end(lesson.prompt)]
+        before = self._until(answer, reason) if reason else 0
+        return Example.of_answer(prompt, answer, _weights(before, len(answer), share), asked)
 
     def _until(self, ids: Sequence[int], characters: int) -> int:
         """How many tokens spell so many characters, one that goes beyond them not counted."""

@@ -85,7 +85,7 @@ def all_weights(model: Any) -> Iterator[Weights]:
 
 @contextmanager
 def low_rank(model: Any, rank: int, seed: int) -> Iterator[Weights]:
-    """Adapters of LoRA (arXiv 2106.09685) beside every linear layer of the blocks, which start as zero; merged at the end."""
+    """Adapters of LoRA (arXiv 2106.09685) beside every linear layer but the head, which start as zero; merged at the end."""
     import peft
 
     head = model.get_output_embeddings()

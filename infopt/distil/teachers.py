@@ -90,12 +90,12 @@ class Asked:
             found, target = batch.picked(out.logits), self._target(batch, told)
             if self.signals.measure == "agreement":
                 best = target.tokens[:, 0] if isinstance(target, Likeliest) else target.argmax(-1)  # type: ignore[union-attr]
-                value = float((found.argmax(-1) != best).float().mean())
+                value = float(((found.argmax(-1) != best).float() * batch.weights).sum() / batch.weights.sum())
             else:
                 inside = self._inside(out, told, batch)
                 value = self._loss(found, target, batch)[0] + (0.0 if inside is None else float(inside))
-            total += value * len(found)
-            weight += len(found)
+            total += value * float(batch.weights.sum())
+            weight += float(batch.weights.sum())
         return total / weight
 
     def _both(self, batch: Batch) -> tuple[Any, Any]:
@@ -141,12 +141,14 @@ class Asked:
 @contextmanager
 def asking(signals: Signals, bundle: Bundle, learned: Gathered, context: Context) -> Iterator[Asked]:
     """Opens the teacher and, unless it runs in every step, lets it say all it has to. Raises InputError, DiskFullError."""
+    require_known(bundle.model, "the student", bundle, learned)
     asked = Asked(signals, bundle.model, learned, bundle.device)
     if not signals.has_teacher:
         yield asked
         return
     assert context.open_model is not None, "a teacher is opened by whoever runs the recipe"
     teacher: Any = context.open_model(signals.teacher).model
+    require_known(teacher, "the teacher", bundle, learned)
     ours, theirs = (each.config.get_text_config() for each in (asked.student, teacher))
     if not signals.is_live:
         folder = context.unfinished / "teacher" if context.unfinished else None
@@ -188,6 +190,18 @@ def require_same_tokens(bundle: Bundle, context: Context, name: str | None) -> N
             f"distil.teacher: {name or 'the reference'} knows other tokens than the student ({gap}); allowed: a teacher with "
             "the same tokenizer",
             hint="let it write answers elsewhere, and learn those as rows: tokens: 1, logits: 0; trim_vocab comes after distil",
+        )
+
+
+def require_known(model: Any, whose: str, bundle: Bundle, learned: Gathered) -> None:
+    """Raises InputError for a token that a model has no row for: tokenizers may differ by a few special ones."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    unknown = max((token for each in learned.examples for token in each.ids), default=0)
+    if unknown >= rows:
+        name = bundle.tokenizer.convert_ids_to_tokens(unknown)
+        raise InputError(
+            f"distil: the rows have the token {unknown} ({name}); allowed: 0 … {rows - 1}, which {whose} knows",
+            hint="take the rows out that use it",
         )
 
 

@@ -18,7 +18,7 @@ import torch
 from infopt import units
 from infopt.calibrate.unfinished import read_tensors, write_tensors
 from infopt.distil.students import Weights
-from infopt.errors import InputError
+from infopt.errors import DivergedError
 from infopt.protocols import Context
 from infopt.result import write_atomic
 
@@ -83,7 +83,7 @@ def train(
 ) -> History:
     """Trains `weights` in place: `accumulate` batches a step. Afterwards they are as they were at the best validation.
 
-    `weigh`: how much there is to learn in a batch, by which those of a step share it. Raises InputError for a loss or a
+    `weigh`: how much there is to learn in a batch, by which those of a step share it. Raises DivergedError for a loss or a
     gradient that is no number, before it reaches the weights, and leaves the last checkpoint where it is; DiskFullError.
     """
     trained = weights.masters
@@ -138,10 +138,11 @@ def _learned(group: Sequence[list[int]], learn: Learn, weigh: Callable[[list[int
     return sum(learn(batch, size / sum(sizes)) * size / sum(sizes) for batch, size in zip(group, sizes, strict=True))
 
 
-def _no_number(what: str, step: int, kept: Checkpoint | None) -> InputError:
+def _no_number(what: str, step: int, kept: Checkpoint | None) -> DivergedError:
     saved = json.loads(kept.record.read_text())["steps"] if kept and kept.record.is_file() else None
     rest = f"; the checkpoint of step {saved} is kept in {kept.folder}" if kept and saved else ""
-    return InputError(f"the {what} of step {step} is not a number{rest}", hint="lower learning_rate")
+    hint = "lower learning_rate and start over: a checkpoint goes on with the recipe that made it alone"
+    return DivergedError(f"the {what} of step {step} is not a number{rest}", hint=hint)
 
 
 class Checkpoint:

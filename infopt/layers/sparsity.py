@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from infopt.errors import RecipeError
 from infopt.layers import grid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import torch
 
@@ -24,18 +25,32 @@ def kept_of(pattern: str) -> tuple[int, int]:
     return int(kept), int(of)
 
 
-def check(shapes: Shapes, sparsity: float, pattern: str | None, ignore: Iterable[str], path: str) -> None:
-    """Refuses a pattern that a layer's inputs do not divide into, or that goes with another sparsity. Raises RecipeError."""
+def check(
+    shapes: Shapes, sparsity: float, pattern: str | None, ignore: Iterable[str], path: str, compared: Callable[[int, int], int]
+) -> None:
+    """Refuses what leaves no weight, a pattern that a layer's inputs do not divide into, or that goes with another sparsity.
+
+    `compared`: (rows, inputs) → weights that are held against each other. Raises RecipeError.
+    """
+    chosen = grid.chosen(shapes, ignore)
     if pattern is None:
+        _refuse_nothing_left({name: compared(*shape) for name, shape in chosen.items()}, sparsity, path)
         return
     kept, of = kept_of(pattern)
     if sparsity != 1 - kept / of:
         raise RecipeError(f"{path}.sparsity", f"found {sparsity}; allowed: {1 - kept / of}, the share that {pattern} leaves out")
-    odd = {inner: name for name, (_, inner) in grid.chosen(shapes, ignore).items() if inner % of}
+    odd = {inner: name for name, (_, inner) in chosen.items() if inner % of}
     if odd:
         inner, name = next(iter(odd.items()))
         message = f"{name} has {inner} inputs, which do not divide into groups of {of}"
         raise RecipeError(f"{path}.pattern", message, hint="pattern: null")
+
+
+def _refuse_nothing_left(compared: dict[str, int], sparsity: float, path: str) -> None:
+    for name, count in compared.items():
+        if round(count * sparsity) >= count:
+            message = f"found {sparsity:g}, which leaves nothing of {count} weights that are compared in {name}"
+            raise RecipeError(f"{path}.sparsity", f"{message}; allowed: up to {math.floor((1 - 1 / count) * 1e4) / 1e4:g}")
 
 
 def keep(scores: torch.Tensor, sparsity: float, pattern: str | None = None, *, by_row: bool = False) -> torch.Tensor:

@@ -9,14 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from infopt.errors import InputError
+from infopt.model.same_tokens import SPARE_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-#: Share of the reference's tokens that a candidate may lack and still count as of one numbering: releases of one tokenizer
-#: differ by a few special ones.
-SPARE = 0.01
 
 
 class Part:
@@ -60,7 +56,7 @@ def between(reference: PreTrainedTokenizerBase, candidate: PreTrainedTokenizerBa
     """
     ours, theirs = reference.get_vocab(), candidate.get_vocab()
     differing = sum(token in ours and ours[token] != index for token, index in theirs.items())
-    if not differing and len(ours.keys() - theirs.keys()) <= SPARE * len(ours):
+    if not differing and len(ours.keys() - theirs.keys()) <= SPARE_TOKENS * len(ours):
         return None
     missing = len(theirs.keys() - ours.keys())
     backend = getattr(candidate, "backend_tokenizer", None)

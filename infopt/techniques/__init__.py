@@ -28,8 +28,10 @@ def find(name: str, path: str = "steps") -> type[Technique]:
 
 
 def check_order(chosen: Recipe) -> None:
-    """Raises RecipeError for a step that would change weights after they are packed, or their KV scales recorded."""
+    """Raises RecipeError for a step that would change weights after they are packed, or their KV scales recorded, and for one
+    whose teacher has other tokens than the model by then."""
     last: Technique | None = None
+    renumbered: str | None = None
     for index, step in enumerate(chosen.steps):
         place = chosen.place(index)
         technique = find(step.name, place)(step.options)
@@ -37,5 +39,10 @@ def check_order(chosen: Recipe) -> None:
             before = "whose KV scales would not fit then" if last.is_record else "after which the weights are packed"
             hint = "move kv_cache to the end" if last.is_record else "keep one quantizing step in the recipe"
             raise RecipeError(place, f"follows {chosen.steps[index - 1].name}, {before}", hint=hint)
+        if renumbered and technique.holds_against_reference:
+            message = f"follows {renumbered}, after which the model has other tokens than its teacher"
+            raise RecipeError(place, message, hint=f"put {renumbered} behind {step.name}")
         if technique.packs or technique.is_record:
             last = technique
+        if not technique.keeps_vocabulary:
+            renumbered = step.name

@@ -63,6 +63,9 @@ class Technique:
     """False when its model has other tokens, or other numbers for them: `apply` then returns the tokenizer for them, and what
     follows gets its calibration text in these."""
 
+    holds_against_reference: bool = False
+    """True when it compares tokens of the model with those of the one that the recipe started from. An instance sets its own."""
+
     remark: str | None = None
     """What every report of a model that it made says. An instance may set its own."""
 
@@ -182,7 +185,11 @@ class PruneTechnique(Technique):
         grid.check_ignore(shapes, self.options.ignore, path)
         if self.walks:
             grid.check_inside_blocks(shapes, self.options.ignore, path)
-        sparsity.check(shapes, self.options.sparsity, self.options.pattern, self.options.ignore, path)
+        sparsity.check(shapes, self.options.sparsity, self.options.pattern, self.options.ignore, path, self.compared)
+
+    def compared(self, rows: int, inputs: int) -> int:
+        """How many weights of a layer are held against each other, of which the share goes."""
+        return rows * inputs
 
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
         rate = machine.read_bytes_per_s

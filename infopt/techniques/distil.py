@@ -74,9 +74,17 @@ class DistilOptions(Options):
                 f"found samples: {self.samples} at answer_temperature 0, all of them the same; allowed: 1, or above 0"
             )
         for name in ("samples", "answer_temperature", "answer_tokens"):
-            if self.answers == "rows" and getattr(self, name) != type(self).model_fields[name].default:
+            if self.answers == "rows" and self._is_set(name):
                 raise ValueError(f"found {name}: {getattr(self, name)} with answers: rows; allowed: answers: teacher")
+        for name in ("samples", "answer", "rationale", "prompts", "filter"):
+            if self.data is None and self._is_set(name):
+                raise ValueError(f"found {name}: {getattr(self, name)} without data; calibration text has no rows with answers")
+        if self.train == "all" and self._is_set("rank"):
+            raise ValueError(f"found rank: {self.rank} with train: all; allowed: train: lora")
         return self
+
+    def _is_set(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
 
 class Distil(Technique):
@@ -105,8 +113,8 @@ class Distil(Technique):
     tokens              weight of −log q of the tokens themselves, ≥ 0, default 0.0.
     hidden              weight of the hidden states' distance, ≥ 0, default 0.0. The teacher then runs in every step.
     attention           weight of the attention's divergence, ≥ 0, default 0.0. The teacher then runs in every step.
-    rationale           share, 0 … 1, of what comes before the answer in the loss, where a row has a `rationale`, or the answer's
-                        expression leaves one; default null: each token counts the same.
+    rationale           share, 0 … 1, of what comes before the answer in an answer's loss, where a row has a `rationale`, or the
+                        answer's expression leaves one; default null: each token counts the same.
     prompts             weight of each token of a prompt beside an answer's 1, ≥ 0, default 0.0: answers alone are learned. Some
                         hundredths give a student that has lost blocks its language back, on the task's own text.
     divergence          forward (default): KL(teacher ‖ student), covers all that the teacher says. reverse: keeps to what it says
@@ -137,7 +145,10 @@ class Distil(Technique):
         modules = ("peft", "accelerate") if self.options.train == "lora" else ()
         self.needs = Needs(modules=modules, calibration=self.options.data is None)
         self.data = self.options.data
-        self.models = (self.options.teacher,) if self.options.teacher else ()
+        o = self.options
+        self.models = (o.teacher,) if o.teacher else ()
+        is_taught = o.logits or o.hidden or o.attention or o.measure == "agreement" or o.answers == "teacher"
+        self.holds_against_reference = bool(is_taught) and o.teacher is None
 
     def check(self, shapes: Shapes, path: str) -> None:
         from infopt.data.lessons import read_lessons
@@ -149,6 +160,11 @@ class Distil(Technique):
             if o.answers == "rows" and unanswered:
                 message = f"{unanswered.where} has no response; allowed: rows with one, or answers: teacher"
                 raise RecipeError(f"{path}.data", message)
+        elif o.answers == "teacher":
+            opening = max(1, self.calibration_tokens // max(1, self.calibration_samples) // 4)
+            if opening + o.answer_tokens > shapes.context:
+                message = f"found {o.answer_tokens}, after {opening} tokens of text; the model's context allows {shapes.context}"
+                raise RecipeError(f"{path}.answer_tokens", message)
 
     def apply(self, bundle: Bundle, context: Context) -> Bundle:
         from infopt.distil import gathering, teachers
@@ -200,6 +216,7 @@ class Distil(Technique):
         curves = [Curve("training loss", history.losses), Curve(f"validation: {self.options.measure}", history.validations)]
         return {
             "distil.json": json.dumps(found, indent=1) + "\n",
+            "distil.md": learned.described(),
             "distil.svg": plot("Loss as training goes on", [each for each in curves if each.points], "steps"),
         }
 

@@ -31,6 +31,9 @@ class DropLayersOptions(Options):
     def _goes_together(self) -> Self:
         if self.layers is not None and len(set(self.layers)) < len(self.layers):
             raise ValueError(f"found layers: {list(self.layers)}, which names a block twice")
+        for name in ("count", "by") if self.layers is not None else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"found {name}: {getattr(self, name)} beside layers, which say which blocks go")
         return self
 
 

@@ -108,7 +108,7 @@ class LlmCompressor(GridTechnique):
         if not self._prunes:
             return super().check(shapes, path)
         grid.check_ignore(shapes, o.ignore, path)
-        sparsity.check(shapes, o.sparsity, o.pattern, o.ignore, path)
+        sparsity.check(shapes, o.sparsity, o.pattern, o.ignore, path, lambda rows, inputs: inputs)
 
     @property
     def _grid(self) -> Grid:

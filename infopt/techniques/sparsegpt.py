@@ -66,6 +66,9 @@ class Sparsegpt(PruneTechnique):
                 pruned = prune_columns(weight.float(), moments.clone(), o.sparsity, o.pattern, o.damping, name)
                 block.replace(name, pruned.to(weight.dtype))
 
+    def compared(self, rows: int, inputs: int) -> int:
+        return rows * min(inputs, COLUMNS)
+
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
         step = super().predict(shapes, before, machine)
         return passes.add(step, before, shapes, self.calibration_tokens, machine)

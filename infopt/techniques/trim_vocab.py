@@ -49,8 +49,8 @@ class TrimVocab(Technique):
     meet**. Nothing is trained. The artifact is a plain model with a smaller tokenizer; `trim_vocab.json` holds the old number
     of every token.
 
-    Of quality, perplexity is of the same text, each lost token read in pieces, while KLD is no figure any more. Put it first:
-    later steps are calibrated in the new tokens.
+    Of quality, perplexity is of the same text, each lost token read in pieces, while KLD is no figure any more. Later
+    steps are calibrated in the new tokens; `distil` comes before it, since its teacher has the old ones.
 
     keep      tokens of the new vocabulary, ≥ 256: what must stay, then the most frequent of the text, then those of the lowest
               numbers, which BPE learnt first. Default null: all that occur in the text.

@@ -52,6 +52,9 @@ class Wanda(PruneTechnique):
                 scores = weight.abs().float() * norms
                 block.replace(name, weight * sparsity.keep(scores, self.options.sparsity, self.options.pattern, by_row=True))
 
+    def compared(self, rows: int, inputs: int) -> int:
+        return inputs
+
     def predict(self, shapes: Shapes, before: Prediction, machine: Machine) -> Prediction:
         step = super().predict(shapes, before, machine)
         return passes.add(step, before, shapes, self.calibration_tokens, machine, hessians=False)

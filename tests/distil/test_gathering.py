@@ -16,7 +16,7 @@ from infopt.data.lessons import Lesson
 from infopt.data.prompts import Prompt
 from infopt.distil import gathering
 from infopt.distil.examples import Example
-from infopt.distil.gathering import Answered, Thrown, Wanted, apart, gather, sift, wrong
+from infopt.distil.gathering import Answered, Thrown, Wanted, alike, gather, reason_in, sift, wrong
 from infopt.distil.spelling import Spelling
 from infopt.errors import InputError
 from infopt.model import load, reference
@@ -36,7 +36,8 @@ def spelling(bundle: Bundle) -> Spelling:
 
 def row(prompt: str, response: str, where: str = "rows.jsonl:1", **expect: Any) -> Answered:
     rules = Expect(**expect) if expect else None
-    return Answered(Lesson(where, prompt=Prompt(where, text=prompt, is_raw=True, expect=rules), response=response), response)
+    lesson = Lesson(where, prompt=Prompt(where, text=prompt, is_raw=True, expect=rules), response=response)
+    return Answered(lesson, response, response)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,9 @@ def row(prompt: str, response: str, where: str = "rows.jsonl:1", **expect: Any) 
         (row("a", "yes"), None),
         (row("a", " \n"), "says nothing"),
         (replace(row("a", "yes"), has_ended=False), "has no end"),
+        (replace(row("a", "yes"), says=""), "has no answer"),
+        (replace(row("a", "So it is. 11", exact="11"), says="11"), None),
+        (replace(row("a", "Because it is so. yes", max_tokens=3), says="yes", ids=(9, 9, 9, 9, 2)), None),
         (row("a", "maybe", choice=("yes", "no")), "breaks choice"),
         (row("a", "Yes.", choice=("yes", "no")), None),
         (row("a", "{", json=True), "breaks json"),
@@ -62,20 +66,49 @@ def test_what_is_not_worth_learning(answered: Answered, reason: str | None, spel
 
 
 def test_contradictions_and_duplicates_go_whatever_their_order(spelling: Spelling) -> None:
-    rows = [row("a", "yes", "f:1"), row("b", "no", "f:2"), row("a ", "no", "f:3"), row("b", "No", "f:4"), row("A", "x", "f:5")]
+    rows = [row("a", "yes", "f:1"), row("b", "no", "f:2"), row("A ", "no", "f:3"), row("b", "No", "f:4"), row("c", "x", "f:5")]
     for order in (rows, rows[::-1]):
         thrown: Thrown = {}
         kept = sift(order, spelling, thrown)
-        assert sorted(each.lesson.asked for each in kept) == ["A", "b"]
+        assert sorted(each.lesson.asked for each in kept) == ["b", "c"]
         assert sorted(where for where, _ in thrown["contradiction"]) == ["f:1", "f:3"]
         assert len(thrown["duplicate"]) == 1
 
 
 def test_the_answer_is_told_from_what_comes_before() -> None:
-    assert apart("So 4 and 7. Answer: 11", r"Answer: \d+") == ("So 4 and 7. ", "Answer: 11")
-    assert apart("Answer: 1, no, Answer: 2", r"Answer: \d+") == ("Answer: 1, no, ", "Answer: 2")
+    assert reason_in("So 4 and 7. Answer: 11", r"Answer: \d+") == len("So 4 and 7. ")
+    assert reason_in("Answer: 1, no, Answer: 2", r"Answer: \d+") == len("Answer: 1, no, ")
     for text, pattern in (("no number", r"Answer: \d+"), ("Answer: 1", r"Answer: \d+"), ("anything", None)):
-        assert apart(text, pattern) == (None, text)
+        assert reason_in(text, pattern) == 0
+
+
+def test_answers_are_judged_by_what_they_say(bundle: Bundle, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "3 + 4?", "response": "4 and 3 more. Answer: 7", "expect": {"exact": "7", "max_tokens": 2}},
+        {"prompt": "3 + 4?", "response": "Counting. Answer: 7.", "expect": {"exact": "7"}},
+        {"prompt": "1 + 4?", "response": "It is 5.", "expect": {"exact": "5"}},
+        {"prompt": "2 + 4?", "response": "Answer: 5", "expect": {"exact": "6"}},
+        {"prompt": "2 + 2?", "response": "Answer: 4"},
+    ]
+    found = gather(Wanted(data=written(tmp_path, *rows), answer=r"Answer: (\d+)"), bundle, Context())
+    assert {reason: len(thrown) for reason, thrown in found.thrown.items()} == {
+        "duplicate": 1,
+        "has no answer": 1,
+        "breaks exact": 1,
+    }
+    texts = [str(bundle.tokenizer.decode(list(each.ids), skip_special_tokens=True)) for each in found.examples]
+    assert [text[-9:] for text in texts] == ["Answer: 7", "Answer: 4"], "spelled as they stand, nothing put in"
+    assert any("4 and 3 more. Answer: 7" in text for text in texts)
+
+
+def test_prompts_that_nearly_say_the_same_are_on_one_side() -> None:
+    long = "the quick brown fox jumps over the lazy dog and runs into the deep dark wood near number"
+    other = [f"{word} is quite another question about {word} things and {word} matters only" for word in "abcdefghijkl"]
+    texts = [f"{long} {number}" for number in range(3)] + other
+    names = alike(texts, share=0.3)
+    assert len(set(names)) == 1 + len(other)
+    assert names[0] == names[1] == names[2]
+    assert len(set(alike(texts, share=0.1))) == len(texts), "three of fifteen are a form that was filled in"
 
 
 def first(made: Example) -> int:
@@ -83,7 +116,7 @@ def first(made: Example) -> int:
 
 
 def test_answers_end_and_prompts_are_not_learned(bundle: Bundle, spelling: Spelling) -> None:
-    made = spelling.example(row("Ask", "yes").lesson, "yes", None)
+    made = spelling.example(row("Ask", "yes").lesson, "yes")
     assert bundle.tokenizer.decode(list(made.ids)[: len("Ask")]) == "Ask"
     assert made.ids[-1] == bundle.tokenizer.eos_token_id
     assert made.positions == len(made.ids) - first(made) - 1 == 4
@@ -109,14 +142,14 @@ def test_a_chat_ends_as_its_template_ends_it(bundle: Bundle) -> None:
     turn = tokenizer.convert_tokens_to_ids("<turn>")
     lesson = Lesson("f:1", prompt=Prompt("p", text="Ask"), response="yes")
     for ends, wanted in ((frozenset({turn, 2}), turn), (frozenset({2}), tokenizer.eos_token_id)):
-        made = Spelling(tokenizer, ends, 1000).example(lesson, "yes", None)
+        made = Spelling(tokenizer, ends, 1000).example(lesson, "yes")
         assert made.ids[-1] == wanted
         assert str(tokenizer.decode(list(made.ids[:-1]))) == "user:Ask<turn>\nassistant:yes"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0, None])
 def test_reasons_have_their_share_of_the_loss(share: float | None, spelling: Spelling) -> None:
-    made = spelling.example(row("Ask", "yes").lesson, "yes", "because", share=share)
+    made = spelling.example(row("Ask", "yes").lesson, "because\nyes", reason=len("because\n"), share=share)
     reason = len("because\n")
     learned = made.weights[-(reason + 4) :]
     assert sum(learned) == pytest.approx(reason + 4)
@@ -125,8 +158,7 @@ def test_reasons_have_their_share_of_the_loss(share: float | None, spelling: Spe
 
 def test_what_a_teacher_wrote_is_learned_token_by_token(bundle: Bundle, spelling: Spelling) -> None:
     own = (*bundle.tokenizer("So 4.  A: 4", add_special_tokens=False)["input_ids"], 2)
-    rationale, response = apart("So 4.  A: 4", r"A: \d+")
-    made = spelling.example(row("Ask", "yes").lesson, response, rationale, own, 0.0)
+    made = spelling.example(row("Ask", "yes").lesson, "So 4.  A: 4", own, len("So 4.  "), 0.0)
     assert made.ids[-len(own) :] == own
     assert made.weights[-len(own) :] == pytest.approx((0.0,) * 7 + (12 / 5,) * 5)
 
@@ -269,3 +301,36 @@ def test_calibration_text_is_learned_whole(bundle: Bundle) -> None:
     assert found.examples == [Example.of_text(window) for window in windows]
     assert len(found.validation) == 1
     assert found.summary()["tokens"] == 9 * 19
+
+
+def test_answers_are_kept_as_they_come(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "TOGETHER", 2)
+    names = ("first", "second", "third", "fourth", "fifth")
+    data = written(tmp_path, *({"prompt": f"The {name}?"} for name in names))
+    wanted = Wanted(data=data, answers="teacher")
+
+    class Stops(Teacher):
+        def generate(self, requests: Sequence[Request]) -> Trace:
+            if len(self.asked) == 4:
+                raise KeyboardInterrupt
+            return super().generate(requests)
+
+    unfinished = tmp_path / "unfinished"
+    said = {name: [f"{name} answer"] for name in names}
+    with pytest.raises(KeyboardInterrupt):
+        gather(wanted, bundle, Context(open_engine=lambda *given: Stops(bundle, said), unfinished=unfinished))
+    with (unfinished / "answers.jsonl").open("a", encoding="utf-8") as file:
+        file.write("[[1, 2, 3], [4, ")  # killed while it wrote
+    teacher = Teacher(bundle, said)
+    found = gather(wanted, bundle, Context(open_engine=lambda *given: teacher, unfinished=unfinished))
+    assert [request.id for request in teacher.asked] == ["4"]
+    whole = gather(wanted, bundle, Context(open_engine=lambda *given: Teacher(bundle, said)))
+    assert found == whole
+
+
+def test_what_was_thrown_away_is_told_to_people(bundle: Bundle, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{number}", "response": "yes", "expect": {"choice": ["yes"]}} for number in range(4)]
+    data = written(tmp_path, *rows, {"prompt": "q", "response": "a|b", "expect": {"choice": ["yes"]}})
+    said = gather(Wanted(data=data), bundle, Context()).described()
+    assert f"Learned from `{data}`, 5 rows: 3 examples (" in said
+    assert f"| breaks choice | 1 | {data}:5: 'a\\|b' |" in said

@@ -23,7 +23,7 @@ from infopt.distil import states
 from infopt.distil.examples import Batch, Example
 from infopt.distil.gathering import Wanted, gather
 from infopt.distil.losses import divergence
-from infopt.errors import InputError, RecipeError
+from infopt.errors import DivergedError, InputError, RecipeError
 from infopt.model import load, reference, save, shapes
 from infopt.model.bundle import Bundle
 from infopt.protocols import Context
@@ -184,6 +184,11 @@ def test_attention_of_the_same_model_has_no_distance(make: Make) -> None:
         ({"answer_tokens": 4}, "answer_tokens: 4 with answers: rows"),
         ({"answer": "("}, "allowed: a pattern of Python's re"),
         ({"teacher": "./no-such-folder"}, "no-such-folder"),
+        ({"answers": "teacher", "samples": 2, "answer_temperature": 1.0}, "samples: 2 without data"),
+        ({"answer": "yes|no"}, "answer: yes|no without data"),
+        ({"prompts": 0.1}, "prompts: 0.1 without data"),
+        ({"rank": 4}, "rank: 4 with train: all"),
+        ({"answers": "teacher", "answer_tokens": 4000}, "found 4000, after 64 tokens of text; the model's context allows 2048"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:
@@ -241,6 +246,40 @@ def test_no_number_is_told(make: Make) -> None:
         make("distil", **{**FAST, "learning_rate": 1e12}).apply(harmed(), context())
 
 
+def test_what_would_fail_again_is_not_to_be_resumed(tmp_path: Path) -> None:
+    step = {"distil": {"learning_rate": 1e12, "checkpoint_minutes": 1e-9, "batch": 1}}
+    with pytest.raises(DivergedError, match=r"the checkpoint of step \d+ is kept") as caught:
+        optimize.optimize("tiny", chosen(step, calibration={"samples": 16, "tokens": 64}), tmp_path / "out", LoadOptions())
+    assert caught.value.hint
+    assert "start over" in caught.value.hint
+    assert not getattr(caught.value, "__notes__", [])
+
+
+def test_tokens_that_one_of_both_has_no_row_for_are_named(make: Make, tmp_path: Path) -> None:
+    student = opened()
+    rows = student.model.get_input_embeddings().weight.shape[0]
+    student.tokenizer.add_tokens([f"<{number}>" for number in range(rows - len(student.tokenizer) + 1)])
+    last = student.tokenizer.convert_ids_to_tokens(rows)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(ROWS + json.dumps({"prompt": f"{last}?", "response": "yes"}) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=rf"the token {rows} \({last}\); allowed: 0 … {rows - 1}, which the student knows"):
+        make("distil", data=str(path), logits=0.0, tokens=1.0).apply(student, context())
+
+
+def test_what_validates_weighs_as_what_trains(make: Make, tmp_path: Path) -> None:
+    """With prompts that hardly count, the validation is that of the answers."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(ROWS, encoding="utf-8")
+    options = {"data": str(path), "logits": 0.0, "tokens": 1.0, "learning_rate": 1e-12, "validation": 0.5}
+    found = [
+        json.loads(make("distil", **options, prompts=weight).apply(opened(), context()).files["distil.json"])["validations"][-1][
+            1
+        ]
+        for weight in (0.0, 1e-6)
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
 ROWS = "".join(f'{{"prompt": "Is {n} even?", "response": "{"no" if n % 2 else "yes"}"}}\n' for n in range(24))
 
 
@@ -256,6 +295,10 @@ def test_an_artifact_says_what_was_learned(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out" / "distil.json").read_text())
     assert (found["source"], found["rows"], found["examples"]) == (str(path), 24, 23)
     assert (tmp_path / "out" / "calibration_runs.npy").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"Learned from `{path}`, 24 rows: 23 examples" in card
+    assert "![distil](distil.svg)" in card
+    assert "![depth](depth.svg)" in card
 
 
 def test_other_rows_are_another_artifact(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def test_an_artifact_answers_as_it_was_made_and_says_that_it_is_no_faster(method
     for override in ("engine.name=native", "engine.name=transformers"):
         spec = arms.spec(str(tmp_path / "out"), None, [override])
         bundle = pipeline.open_arm(spec, "cpu", LoadOptions(device="cpu"))
-        assert pipeline.engine(bundle, spec.recipe).notes[-1] == sparsity.REMARK
+        recorded = replace(spec.recipe, steps=(*spec.recipe.steps, *chosen("kv_cache").steps))
+        for own in (spec.recipe, recorded):
+            assert pipeline.engine(bundle, own).notes[-1] == sparsity.REMARK
 
 
 @pytest.mark.parametrize(
@@ -112,3 +115,15 @@ def test_pruning_by_llmcompressor_takes_its_own_options() -> None:
     assert job["gptq"] is None
     with pytest.raises(ValidationError, match="method gptq does not read sparsity"):
         kind.Options(sparsity=0.3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("step", METHODS)
+def test_a_share_that_leaves_nothing_is_refused(step: str, make: Make) -> None:
+    sizes = shapes.shapes(reference.parse("tiny"))
+    with pytest.raises(RecipeError, match=r"found 0.99999, which leaves nothing of \d+ weights .*; allowed: up to") as caught:
+        make(step, sparsity=0.99999).check(sizes, "steps[0]")
+    most = float(str(caught.value).rpartition(" ")[2])
+    make(step, sparsity=most).check(sizes, "steps[0]")
+    bundle = make(step, sparsity=most).apply(load.load(reference.parse("tiny")), CONTEXT)
+    layers = [each for name, each in bundle.model.named_modules() if type(each) is torch.nn.Linear and name != "lm_head"]
+    assert sum(bool((each.weight != 0).any()) for each in layers) >= len(layers) - 2, "of sparsegpt's, inputs may be silent"

@@ -27,6 +27,10 @@ SMALL = {"samples": 4, "tokens": 64}
         (("gptq", "rtn"), "steps[1].rtn: follows gptq, after which the weights are packed"),
         (("nf4", "smoothquant"), "steps[1].smoothquant: follows nf4, after which the weights are packed"),
         (("rtn", "kv_cache", "gptq"), "steps[2].gptq: follows kv_cache, whose KV scales would not fit then"),
+        (
+            ("trim_vocab", "distil"),
+            "steps[1].distil: follows trim_vocab, after which the model has other tokens than its teacher",
+        ),
         (("kv_cache", "kv_cache"), "steps[1].kv_cache: follows kv_cache, whose KV scales would not fit then"),
     ],
 )

@@ -195,8 +195,10 @@ def test_all_tiers_judge_it_on_the_same_text(folder: str, tmp_path: Path) -> Non
     assert found["fidelity"]["tokens_in_pieces"] > 20
     assert figures["mc.accuracy"] is not None
     assert figures["behaviour.same_share"] is not None
-    engine = pipeline.engine(pipeline.open_arm(spec, "cpu", CPU), spec.recipe)
-    assert engine.notes[-1] == trim_vocab.REMARK
+    bundle = pipeline.open_arm(spec, "cpu", CPU)
+    later = replace(spec.recipe, steps=(*spec.recipe.steps, *chosen("rtn").steps))
+    for own in (spec.recipe, later):
+        assert pipeline.engine(bundle, own).notes[-1] == trim_vocab.REMARK, "whatever comes after it"
 
 
 def test_models_of_other_tokenizers_are_refused_in_fidelity(folder: str, tmp_path: Path) -> None:
