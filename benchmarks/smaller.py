@@ -224,33 +224,38 @@ def draft(bench: Bench) -> dict[str, Any]:
 
 
 def narrow(bench: Bench, folder: Path) -> dict[str, Any]:
-    """For each task in `folder`: a teacher, and students of half of the blocks from its answers, sifted and not."""
+    """For each task in `folder`: a teacher, and students of half of the blocks: one whose teacher answers, and two that learn
+    from the rows of a careless one, sifted and not."""
     found = {}
     for task in sorted(path for path in folder.iterdir() if path.is_dir()):
         items = choices.read_choices(task / "test.jsonl")
         step = recipe.load("finetune", techniques.find).steps[0].as_dict()["distil"]
-        teacher = bench.made(own("finetune", {"distil": step | {"data": str(task / "train.jsonl")}}))
+        teacher = bench.made(own(f"finetune, {task.name}", {"distil": step | {"data": str(task / "train.jsonl")}}))
         scores, folders = {"teacher": scored(bench, teacher, items)}, {"teacher": teacher}
-        student = recipe.load("distil_classify", techniques.find)
-        dropped, learned = (each.as_dict() for each in student.steps)
-        common = learned["distil"] | {"teacher": str(teacher), "answers": "rows", "samples": 1, "answer_temperature": 0.0}
-        for name, rows, is_sifted in (
-            ("sifted", "noised", True),
-            ("noised, not sifted", "noised", False),
-            ("clean", "answered", True),
-        ):
-            options = common | {"data": str(task / f"{rows}.jsonl"), "filter": is_sifted}
-            folders[name] = bench.made(own(f"student, {name}", dropped, {"distil": options}))
-            scores[name] = scored(bench, folders[name], items)
+        if (task / "answered.jsonl").is_file():
+            student = recipe.load("distil_classify", techniques.find)
+            *before, last = (each.as_dict() for each in student.steps)
+            rows = {"answers": "rows", "samples": 1, "answer_temperature": 0.0, "answer_tokens": 128, "logits": 0.0}
+            for name, data, changes in (
+                ("student", "answered", {}),
+                ("noised rows, sifted", "noised", rows),
+                ("noised rows", "noised", rows | {"filter": False}),
+            ):
+                options = last["distil"] | {"teacher": str(teacher), "data": str(task / f"{data}.jsonl")} | changes
+                section = student.calibration.model_dump() if student.calibration else None
+                made = own(f"{name}, {task.name}", *before, {"distil": options}, calibration=section)
+                folders[name] = bench.made(made)
+                scores[name] = scored(bench, folders[name], items)
         floor = tasks.majority(items)
         arms: dict[str, Any] = {}
         for name, each in scores.items():
             result = tasks.compare_scores(scores["teacher"], each, majority=floor)
             figures = {key: value.model_dump() for key, value in result.figures().items()}
             arms[name] = figures | {"weights_bytes": checkpoint.tensor_bytes(folders[name])}
-            retained = result.retention
-            print(f"\r{task.name} {name:<22} accuracy {result.accuracy.estimate:.3f}  retention {retained}")
-        found[task.name] = {"items": len(items), "majority": floor, "arms": arms}
+            print(f"\r{task.name} {name:<22} accuracy {result.accuracy.estimate:.3f}  retention {result.retention}")
+        lost = tasks.compare_scores(scores["noised rows, sifted"], scores["noised rows"]) if "noised rows" in scores else None
+        unsifted = {key: value.model_dump() for key, value in lost.figures().items()} if lost else None
+        found[task.name] = {"items": len(items), "majority": floor, "arms": arms, "noised over sifted": unsifted}
     return found
 
 
@@ -297,6 +302,8 @@ def markdown(document: dict[str, Any]) -> str:
         for name, arm in found["arms"].items():
             kept = _range(arm["mc.retention"] | {"value": arm["mc.retention"]["value"]}) if "mc.retention" in arm else "–"
             lines.append(f"| {name} | {_range(arm['mc.accuracy'])} | {kept} | {units.size(arm['weights_bytes'])} |")
+        if found["noised over sifted"]:
+            lines.append(f"\nNot to sift the noised rows changes accuracy by {_range(found['noised over sifted']['mc.delta'])}")
     return "\n".join([*lines, ""])
 
 
