@@ -10,8 +10,8 @@ boolq    whether a passage says yes to a question: BoolQ (arXiv 1905.10044), sho
 
 FOLDER/TASK/train.jsonl     rows with their label, of which the teacher learns
             answered.jsonl  others, and the labels that are allowed
-            noised.jsonl    the same as a careless teacher would write them: of six rows one has an answer that is no label, and two
-                            are there three times, once with their label and twice with the first of all labels
+            noised.jsonl    the same as a careless teacher would write them: of six rows one has an answer that is no label, and
+                            two are there three times, once with their label and twice with the first of all labels
             test.jsonl      others again, as multiple choice
 """
 
@@ -93,13 +93,7 @@ def desks(folder: Path, source: random.Random) -> tuple[list[Asked], list[Asked]
 def boolq(folder: Path, source: random.Random) -> tuple[list[Asked], list[Asked], list[Asked]]:
     rows = [each for each in list(read(folder / "boolq.jsonl"))[::2] if len(each["passage"]) <= BOOLQ_CHARACTERS]
     source.shuffle(rows)
-    asked = [
-        (
-            f"{each['passage']}\nQuestion: {each['question']}?\nAnswer:",
-            "yes" if str(each["answer"]) in ("A", "yes", "True") else "no",
-        )
-        for each in rows
-    ]
+    asked = [(f"{each['passage']}\nQuestion: {each['question']}?\nAnswer:", each["answer"]) for each in rows]
     return asked[BOOLQ_TEST : BOOLQ_TEST + BOOLQ_ROWS], [], asked[:BOOLQ_TEST]
 
 
