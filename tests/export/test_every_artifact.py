@@ -29,8 +29,8 @@ DROP = "steps.0.drop_layers.count=1"
 TINY: dict[str, tuple[str, ...]] = {
     "drop_layers": (DROP,), "distil_heal": (DROP,), "trim_vocab": ("steps.0.trim_vocab.keep=300",),
     "make_draft": (DROP, "steps.1.distil.answer_tokens=8"), "finetune": ("steps.0.distil.data={rows}",),
-    "distil_classify": (DROP, "steps.1.distil.data={rows}", "steps.1.distil.teacher=tiny", "steps.1.distil.filter=false"),
-    "distil_extract": (DROP, "steps.1.distil.data={rows}", "steps.1.distil.teacher=tiny", "steps.1.distil.filter=false"),
+    "distil_classify": (DROP, "steps.2.distil.data={rows}", "steps.2.distil.teacher=tiny", "steps.2.distil.filter=false"),
+    "distil_extract": (DROP, "steps.2.distil.data={rows}", "steps.2.distil.teacher=tiny", "steps.2.distil.filter=false"),
 }  # fmt: skip
 ROWS = "".join(f'{{"prompt": "Is {n} even?", "response": "{"no" if n % 2 else "yes"}"}}\n' for n in range(8))
 #: No plain weights: adapters beside them, and a library that does not dequantize.
