@@ -56,9 +56,6 @@ class Technique:
     is_record: ClassVar[bool] = False
     """True when the model answers as before: what the step writes is for other engines."""
 
-    removes: ClassVar[bool] = False
-    """True when it takes a part of the model away, which costs more of what it says than rounding does."""
-
     keeps_vocabulary: ClassVar[bool] = True
     """False when its model has other tokens, or other numbers for them: `apply` then returns the tokenizer for them, and what
     follows gets its calibration text in these."""
@@ -177,7 +174,6 @@ class PruneTechnique(Technique):
 
     needs = Needs(modules=("compressed_tensors",))
     neutral: ClassVar = {"ignore": ["*"]}
-    removes = True
     remark = sparsity.REMARK
     options: PruneOptions
 

@@ -56,7 +56,6 @@ class DropLayers(Technique):
     Options = DropLayersOptions
     needs = Needs(calibration=True)
     neutral: ClassVar = {"count": 0}
-    removes = True
     walks = True
     options: DropLayersOptions
 

@@ -60,7 +60,6 @@ class LowRank(Technique):
     needs = Needs(calibration=True)
     neutral: ClassVar = {"ignore": ["*"]}
     walks = True
-    removes = True
     remark = REMARK
     options: LowRankOptions
 

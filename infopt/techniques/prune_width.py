@@ -58,7 +58,6 @@ class PruneWidth(Technique):
     Options = PruneWidthOptions
     needs = Needs(calibration=True)
     neutral: ClassVar = {"mlp": None}
-    removes = True
     walks = True
     options: PruneWidthOptions
 

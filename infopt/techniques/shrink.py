@@ -93,7 +93,6 @@ class Shrink(Technique):
 
     Options = ShrinkOptions
     needs = Needs(calibration=True)
-    removes = True
     walks = True
     options: ShrinkOptions
 
