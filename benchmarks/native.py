@@ -60,6 +60,8 @@ KINDS = ("bfloat16", "int8", "int4")
 #: The GGUF formats that each kind of weights is held against.
 BESIDE = {"bfloat16": ("f16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_1")}
 WINDOWS, WINDOW = 8, 256
+#: Bounds of what memory gives, GB/s, between which figures are put together, and how many make a median.
+RATES, FEWEST = (30, 40, 50), 10
 #: (what, arm, arm it is held against, ratio of tokens per second that is wanted)
 RATIOS = [
     ("bf16 weights against stock fp32", "bfloat16", "stock fp32", 6.0),
@@ -106,6 +108,8 @@ class Bench:
         self.limits: dict[str, list[float]] = {}
         self.same: dict[str, list[int]] = {}
         self.drafts: list[str] = []
+        self.beside: dict[str, list[tuple[float, float]]] = {}
+        """Of single tokens and steps: what memory gave beside them, bytes per second, and the figure."""
         self.diverged: list[dict[str, float]] = []
         self.drafted_texts = 0
 
@@ -153,7 +157,9 @@ class Bench:
             next((i for i, (a, b) in enumerate(zip(ids, expected, strict=True)) if a != b), NEW)
         )
         for count in (4, 8):
-            self.note(f"verify {count} over 1, {kind}", verify(step, prompt, count))
+            found = verify(step, prompt, count)
+            self.note(f"verify {count} over 1, {kind}", statistics.median(ratio for _, ratio in found))
+            self.beside.setdefault(f"verify {count} over 1, {kind}", []).extend(found)
 
     def _share(self, arm: str, step: Any, prompt: list[int], new: int) -> None:
         """Decodes once more, reading the weights after each token: its bytes per second over those of the reads beside it."""
@@ -163,6 +169,8 @@ class Bench:
             needed * (before + after) / 2 / seconds for seconds, (before, after) in zip(took[1:], pairwise(per_byte), strict=True)
         ]
         self.limits.setdefault(arm, []).append(statistics.median(shares))
+        rates = [2 / (before + after) for before, after in pairwise(per_byte)]
+        self.beside.setdefault(f"share of the limit, {arm}", []).extend(zip(rates, shares, strict=True))
         self.note(f"memory read, GB/s, {arm}", 1 / statistics.median(per_byte) / 1e9)
 
     def _busy(self, prompt: list[int]) -> None:
@@ -285,6 +293,15 @@ def bars(bench: Bench, document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield bar("int8: seconds from opening to the first token", [start["open_to_first_token_s"]], 2, at_most=True)
 
 
+def by_rate(pairs: list[tuple[float, float]]) -> list[dict[str, float | None]]:
+    """Medians by what memory gave at that moment: neighbours on a shared machine make it another one within seconds."""
+    found: list[dict[str, float | None]] = []
+    for low, high in pairwise((0.0, *RATES, float("inf"))):
+        inside = [value for rate, value in pairs if low <= rate / 1e9 < high]
+        found.append({"count": len(inside), "median": statistics.median(inside) if len(inside) >= FEWEST else None})
+    return found
+
+
 def markdown(document: dict[str, Any]) -> str:
     machine = document["machine"]
     lines = [
@@ -308,6 +325,10 @@ def markdown(document: dict[str, Any]) -> str:
             for arm, found in document["samples"].items()
         ),
         "",
+        f"| where memory gave, GB/s | {' | '.join(_names())} |",
+        f"|---|{'---:|' * len(_names())}",
+        *(f"| {arm} | {' | '.join(map(_cell, bins))} |" for arm, bins in document["by_memory_rate"].items()),
+        "",
         "| against stock float32 | KLD, nats | perplexity × |",
         "|---|---:|---:|",
         *(f"| {name} | {each['kld']:.5f} | {each['ppl_ratio']:.4f} |" for name, each in document["fidelity"].items()),
@@ -323,6 +344,14 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _cell(found: dict[str, Any]) -> str:
+    return "–" if found["median"] is None else f"{found['median']:.3g} (of {found['count']})"
+
+
+def _names() -> list[str]:
+    return [f"below {RATES[0]}", *(f"{a} … {b}" for a, b in pairwise(RATES)), f"above {RATES[-1]}"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -332,7 +361,7 @@ def main() -> int:
     start = started("int8")
     bench = Bench(set(asked.skip))
     bench.round(0)  # warms everything up; not counted
-    for kept in (bench.samples, bench.limits, bench.same):
+    for kept in (bench.samples, bench.limits, bench.same, bench.beside):
         kept.clear()
     bench.diverged, bench.drafted_texts = [], 0
     for number in range(1, asked.rounds + 1):
@@ -344,6 +373,7 @@ def main() -> int:
         "schema_version": 2, "infopt": __version__, "threads": THREADS, "isa": library.load().infopt_isa().decode(),
         "machine": f"{gathered['cpu']}, {gathered['cores']} cores", "rounds": asked.rounds, "samples": bench.samples,
         "shares_of_limit": bench.limits, "equal_tokens": bench.same, "fidelity": bench.fidelity(), "drafts": bench.drafts,
+        "by_memory_rate": {arm: by_rate(pairs) for arm, pairs in bench.beside.items()},
         "diverged": bench.diverged, "drafted_texts": bench.drafted_texts,
         "started": start,
     }  # fmt: skip

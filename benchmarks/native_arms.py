@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -143,17 +142,17 @@ def fill(step: Any, prompt: list[int]) -> None:
     step.close(sequence)
 
 
-def verify(step: Any, prompt: list[int], count: int) -> float:
-    """Seconds of a step of `count` tokens over those of one, which take turns."""
+def verify(step: Any, prompt: list[int], count: int) -> list[tuple[float, float]]:
+    """(bytes per second of a read of all weights, seconds of a step of `count` tokens over those of one), which take turns."""
     sequence = step.open()
     step.run([Run(sequence, prompt)], want_logits=False)
-    ratios = []
+    found = []
     for _ in range(15):
         taken = []
         for tokens in (1, count):
             run = Run(sequence, prompt[:tokens], all_logits=True)
             taken.append(seconds(lambda run=run: step.run([run], want_logits=False)))  # type: ignore[misc]
             step.cut(sequence, len(prompt))
-        ratios.append(taken[1] / taken[0])
+        found.append((float(step.read_bytes_per_s()), taken[1] / taken[0]))
     step.close(sequence)
-    return statistics.median(ratios)
+    return found

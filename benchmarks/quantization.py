@@ -111,7 +111,7 @@ class Scored:
     seconds: float
     peak_bytes: int | None
     machine: str
-    """The processor that the seconds are of."""
+    """The processor and threads that the seconds are of."""
 
 
 class Bench:
@@ -154,7 +154,8 @@ class Bench:
         return Scored(
             [float(w.kld.mean()) for w in found.windows], kld.estimate, ratio.estimate, ratio.low, ratio.high, top1.estimate,
             checkpoint.tensor_bytes(folder), bits_per_weight(folder), sum(step.seconds for step in made.steps),
-            max((step.peak_bytes or 0 for step in made.steps), default=None), environment.cpu_model(),
+            max((step.peak_bytes or 0 for step in made.steps), default=None),
+            f"{environment.cpu_model()}, {torch.get_num_threads()} threads",
         )  # fmt: skip
 
 
