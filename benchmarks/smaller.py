@@ -86,11 +86,14 @@ class Bench:
         found = fidelity.compare_models(
             lambda ids: next(stored), lambda ids: model(input_ids=ids, use_cache=False).logits, self.windows
         )
+        written = folder / "distil.json"
+        learned = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else None
         return {
             "kld": [float(w.kld.mean()) for w in found.windows],
             "lost": [float((w.nll - w.nll_reference).mean()) for w in found.windows],
             "weights_bytes": checkpoint.tensor_bytes(folder),
             "seconds": {step.name: step.seconds for step in read_artifact(folder).steps},
+            "learned_tokens": learned["tokens"] if learned else None,
         }
 
     def arm(self, chosen: recipe.Recipe, *, seed: int = 0) -> dict[str, Any]:
@@ -277,11 +280,13 @@ def markdown(document: dict[str, Any]) -> str:
         if part not in document:
             continue
         found = document[part]
-        lines += ["", f"## {part}", "", "| arm | KLD, nats | perplexity × | stored | seconds |", "|---|---:|---:|---:|---|"]
+        lines += ["", f"## {part}", "", "| arm | KLD, nats | perplexity × | stored | tokens learned | seconds |"]
+        lines += ["|---|---:|---:|---:|---:|---|"]
         for name, arm in found["arms"].items():
             seconds = ", ".join(f"{step} {taken:.0f}" for step, taken in arm["seconds"].items())
             figures = f"{np.mean(arm['kld']):.3f} | {math.exp(np.mean(arm['lost'])):.3f}"
-            lines.append(f"| {name} | {figures} | {units.size(arm['weights_bytes'])} | {seconds} |")
+            learned = arm["learned_tokens"] or "–"
+            lines.append(f"| {name} | {figures} | {units.size(arm['weights_bytes'])} | {learned} | {seconds} |")
         lines += [f"\nKLD of greedy over {name}: {_range(each)}" for name, each in found.get("KLD of greedy over", {}).items()]
         regained = found.get("share of the lost log-likelihood regained", {})
         for name, each in ({"": regained} if "value" in regained else regained).items():
