@@ -10,7 +10,7 @@ boolq    whether a passage says yes to a question: BoolQ (arXiv 1905.10044), sho
 
 FOLDER/TASK/train.jsonl     rows with their label, of which the teacher learns
             answered.jsonl  others, and the labels that are allowed
-            noised.jsonl    the same as a careless teacher would write them: of six rows one has an answer that is no label, and
+            noised.jsonl    (desk) the same as a careless teacher would write them: of six rows one has an answer that is no label, and
                             two are there three times, once with their label and twice with the first of all labels
             test.jsonl      others again, as multiple choice
 """
@@ -130,7 +130,8 @@ def write(out: Path, sets: tuple[list[Asked], list[Asked], list[Asked]], labels:
             for question, label in test
         ],
     }
-    files["noised"] = noised(files["answered"], labels, source)
+    if out.name == "desk":
+        files["noised"] = noised(files["answered"], labels, source)
     out.mkdir(parents=True, exist_ok=True)
     for name, written in files.items():
         if written:

@@ -244,6 +244,8 @@ def narrow(bench: Bench, folder: Path) -> dict[str, Any]:
                 ("noised rows, sifted", "noised", rows),
                 ("noised rows", "noised", rows | {"filter": False}),
             ):
+                if not (task / f"{data}.jsonl").is_file():
+                    continue
                 options = last["distil"] | {"teacher": str(teacher), "data": str(task / f"{data}.jsonl")} | changes
                 section = student.calibration.model_dump() if student.calibration else None
                 made = own(f"{name}, {task.name}", *before, {"distil": options}, calibration=section)
