@@ -10,8 +10,8 @@ boolq    whether a passage says yes to a question: BoolQ (arXiv 1905.10044), sho
 
 FOLDER/TASK/train.jsonl     rows with their label, of which the teacher learns
             answered.jsonl  others, and the labels that are allowed
-            noised.jsonl    (desk) the same as a careless teacher would write them: of six rows one has an answer that is no label, and
-                            two are there three times, once with their label and twice with the first of all labels
+            noised.jsonl    (desk) the same as a careless teacher would write them: of six rows one has an answer that is no
+                            label, and two are there three times, once with their label and twice with the first of all labels
             test.jsonl      others again, as multiple choice
 """
 
