@@ -219,7 +219,7 @@ def draft(bench: Bench) -> dict[str, Any]:
             "first_accepted": sum(kept for _, kept in first),
             "tok_per_s": rates[name][1:],
             "speedup": {"median": float(np.median(over)), "least": float(over.min()), "most": float(over.max())},
-            "notes": list(engines[name].notes),
+            "notes": [note.replace(str(folders["taught"]), "taught") for note in engines[name].notes],
         }
         share = f"first token kept {sum(k for _, k in first) / sum(h for h, _ in first):.3f}" if first else ""
         print(f"\r{name:<24} × {np.median(over):.3f} {share}  same text: {found[name]['same_text']}")
