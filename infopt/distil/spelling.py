@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from infopt.data import prompts
@@ -69,8 +69,11 @@ class Spelling:
 
     def _until(self, ids: Sequence[int], characters: int) -> int:
         """How many tokens spell so many characters, one that goes beyond them not counted."""
-        spelled = (str(self.tokenizer.decode(list(ids[: count + 1]), skip_special_tokens=True)) for count in range(len(ids)))
-        return sum(1 for _ in takewhile(lambda text: len(text) <= characters, spelled))
+
+        def spelled(count: int) -> int:
+            return len(str(self.tokenizer.decode(list(ids[:count]), skip_special_tokens=True)))
+
+        return bisect_right(range(1, len(ids) + 1), characters, key=spelled)
 
     def _end(self, prompt: Prompt) -> list[int]:
         """What ends an answer: in a chat the token that its template puts there, else that of a text."""

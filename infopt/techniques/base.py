@@ -33,6 +33,10 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    def is_set(self, name: str) -> bool:
+        """Whether the option differs from its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
 
 class Technique:
     """Base of all techniques. Subclasses set the class attributes and override `plan`, `apply` or both."""

@@ -74,17 +74,14 @@ class DistilOptions(Options):
                 f"found samples: {self.samples} at answer_temperature 0, all of them the same; allowed: 1, or above 0"
             )
         for name in ("samples", "answer_temperature", "answer_tokens"):
-            if self.answers == "rows" and self._is_set(name):
+            if self.answers == "rows" and self.is_set(name):
                 raise ValueError(f"found {name}: {getattr(self, name)} with answers: rows; allowed: answers: teacher")
         for name in ("samples", "answer", "rationale", "prompts", "filter"):
-            if self.data is None and self._is_set(name):
+            if self.data is None and self.is_set(name):
                 raise ValueError(f"found {name}: {getattr(self, name)} without data; calibration text has no rows with answers")
-        if self.train == "all" and self._is_set("rank"):
+        if self.train == "all" and self.is_set("rank"):
             raise ValueError(f"found rank: {self.rank} with train: all; allowed: train: lora")
         return self
-
-    def _is_set(self, name: str) -> bool:
-        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
 
 class Distil(Technique):

@@ -32,7 +32,7 @@ class DropLayersOptions(Options):
         if self.layers is not None and len(set(self.layers)) < len(self.layers):
             raise ValueError(f"found layers: {list(self.layers)}, which names a block twice")
         for name in ("count", "by") if self.layers is not None else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if self.is_set(name):
                 raise ValueError(f"found {name}: {getattr(self, name)} beside layers, which say which blocks go")
         return self
 
