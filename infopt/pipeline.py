@@ -20,7 +20,7 @@ from infopt.data import calibration, lessons
 from infopt.data.calibration import Source
 from infopt.errors import InputError, MissingNeedError, RecipeError
 from infopt.measure import memory
-from infopt.model import load, reference, same_tokens, shapes
+from infopt.model import cache, load, reference, same_tokens, shapes
 from infopt.model.plan import LoadPlan
 from infopt.needs import missing_need
 from infopt.protocols import Context, Engine, Machine, Prediction, Progress, Sampling, Shapes
@@ -308,9 +308,7 @@ def natively(bundle: Bundle, chosen: Recipe, device: str, options: LoadOptions, 
     from infopt.runtime.decoder import Unfit
 
     try:
-        if device != "cpu":
-            raise Unfit(f"it runs on CPUs, not on {device}")
-        opened = _opened(bundle, chosen, progress)
+        opened = _opened(bundle, chosen, device, progress)
     except (Unfit, MissingNeedError) as error:
         if chosen.speculative and chosen.speculative.draft != "prompt_lookup":
             raise InputError(f"draft {chosen.speculative.draft!r} needs the native engine: {error}") from None
@@ -323,11 +321,11 @@ def natively(bundle: Bundle, chosen: Recipe, device: str, options: LoadOptions, 
         progress(line)
     for name in chosen.speculative.models if chosen.speculative else ():
         progress(f"opening the draft {name}")
-        opened.drafts[name] = _draft(name, bundle, opened.step, chosen, options, progress)
+        opened.drafts[name] = _draft(name, bundle, opened.step, chosen, device, options, progress)
     return replace(bundle, model=opened, notes=opened.notes)
 
 
-def _opened(bundle: Bundle, chosen: Recipe, progress: Progress, beside: Any = None) -> Any:
+def _opened(bundle: Bundle, chosen: Recipe, device: str, progress: Progress, beside: Any = None) -> Any:
     """A NativeModel of the bundle's module, which it consumes, on the threads of the step `beside`. Raises Unfit,
     MissingNeedError.
     """
@@ -335,22 +333,24 @@ def _opened(bundle: Bundle, chosen: Recipe, progress: Progress, beside: Any = No
 
     from infopt.runtime.native_model import Settings, open_native
 
-    section, kv = chosen.engine, "float16" if chosen.cache.dtype == "auto" else chosen.cache.dtype
-    settings = Settings(torch.get_num_threads(), section.weights, section.head, kv, section.way, memory.available() // 2, beside)
+    section, kv_dtype, room = chosen.engine, chosen.cache.dtype, memory.available(device) // 2
+    settings = Settings(
+        torch.get_num_threads(), section.weights, section.head, kv_dtype, section.way, room, beside, device, cache.cache_dir()
+    )
     opened = open_native(bundle.model, settings, progress)
     opened.notes = (*opened.notes, *unheard(section, chosen.cache, opened.step.name))
     return opened
 
 
-def _draft(name: str, target: Bundle, step: Any, chosen: Recipe, options: LoadOptions, progress: Progress) -> Any:
+def _draft(name: str, target: Bundle, step: Any, chosen: Recipe, device: str, options: LoadOptions, progress: Progress) -> Any:
     """The native step of a model that drafts for `target`, run by `step`. Raises InputError where it knows other tokens."""
     from infopt.runtime.decoder import Unfit
 
     ref = Path(name).expanduser()
     if artifact.is_artifact(ref):
-        found = reopen(ref, EngineSection(), "cpu", options, progress)
+        found = reopen(ref, EngineSection(), device, options, progress)
     else:
-        found = load.load(resolve(name, options), load_plan(as_stored(chosen), "cpu"), progress)
+        found = load.load(resolve(name, options), load_plan(as_stored(chosen), device), progress)
     gap = same_tokens.difference(target.tokenizer, found.tokenizer)
     if gap:
         raise InputError(
@@ -358,7 +358,9 @@ def _draft(name: str, target: Bundle, step: Any, chosen: Recipe, options: LoadOp
             hint="speculative: {draft: prompt_lookup} needs no second model",
         )
     try:
-        return _opened(found, replace(chosen, engine=chosen.engine.model_copy(update={"way": "auto"})), progress, step).step
+        return _opened(
+            found, replace(chosen, engine=chosen.engine.model_copy(update={"way": "auto"})), device, progress, step
+        ).step
     except Unfit as error:
         hint = "speculative: {draft: prompt_lookup} needs no second model"
         raise InputError(f"speculative.draft: {name} does not run in the native engine: {error}", hint=hint) from None
@@ -369,7 +371,7 @@ def engine(bundle: Bundle, chosen: Recipe) -> Engine:
 
     Raises InputError for settings that do not go together.
     """
-    section, cache, speculative = chosen.engine, chosen.cache, chosen.speculative
+    section, speculative = chosen.engine, chosen.speculative
     is_stock = section.name == NATIVE and not hasattr(bundle.model, "step")
     if is_stock and chosen.sampling.choose == "mean_logprob":
         raise InputError(
@@ -381,15 +383,15 @@ def engine(bundle: Bundle, chosen: Recipe) -> Engine:
         options["draft_tokens"] = speculative.tokens
     if speculative and section.name == NATIVE and not is_stock:
         model: Any = bundle.model
-        own = OWN_DRAFTS if model.step.name == "whole" else OWN_DRAFTS[:1]
+        own = OWN_DRAFTS[:1] if model.step.name == "swapped" else OWN_DRAFTS
         options |= {"draft_layers": speculative.layers, "among": (*own, *speculative.models)}
     make = engines.find("transformers" if is_stock else section.name)
     made: Engine = make(
         bundle.model,
         pad_token_id=bundle.tokenizer.pad_token_id,
         sampling=Sampling(**chosen.sampling.model_dump()),
-        cache=cache.kind,
-        prefix=cache.prefix,
+        cache=chosen.cache.kind,
+        prefix=chosen.cache.prefix,
         compile=section.compile,
         notes=bundle.notes,
         **options,

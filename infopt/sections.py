@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Packed = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+Packed = Literal["auto", "float32", "bfloat16", "int8", "int4", "float8"]
 Choose = Literal["mean_logprob", "majority", "check"]
 
 

@@ -113,8 +113,12 @@ class MemoryWatch:
         }
 
 
-def available() -> int:
-    """Bytes that the system could still hand out."""
+def available(device: str = "cpu") -> int:
+    """Bytes that the system, or a GPU, could still hand out."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -60,7 +60,7 @@ def check(model: Any, make: Callable[[Any], Any]) -> None:
     ids = [(7 * i * i + 3 * i) % VOCABULARY for i in range(TOKENS)]
     try:
         wanted = small(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
-        found = _found(make(small), ids)
+        found = _found(make(small), ids).to(wanted.device)
     except Unfit:
         raise
     except Exception as error:

@@ -179,7 +179,9 @@ class Loop:
     def _advance(self, active: list[Row], rows: list[Row]) -> Told:
         drafted_s = self._draft(active)
         began = self.now()
-        runs = [Run(row.sequence, (row.ids[-1], *row.draft.tokens), bool(row.draft.tokens)) for row in active]
+        runs = [
+            Run(row.sequence, (row.ids[-1], *row.draft.tokens), bool(row.draft.tokens), goes_on=_goes_on(row)) for row in active
+        ]
         found = self.step.run(runs, want_logits=any(self._needs_logits(row.ask) for row in active))
         told, position = Told(0.0, [0] * len(rows)), 0
         seen: list[tuple[int, int, int]] = []
@@ -271,3 +273,8 @@ class Loop:
             if any(stop in text for stop in ask.stop_texts):
                 return "text"
         return "length" if len(answer.ids) >= ask.max_new_tokens else None
+
+
+def _goes_on(row: Row) -> bool:
+    """Whether a plain step will follow the next, as far as can be known."""
+    return not row.draft.tokens and len(row.answer.ids) + 1 < row.ask.max_new_tokens

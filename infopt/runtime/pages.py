@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -24,7 +26,8 @@ class Sequence:
 
     length: int = 0
     pages: list[int] = field(default_factory=list)
-    table: ctypes.Array[ctypes.c_void_p] | None = None
+    table: Any = None
+    """Where its pages are, made anew whenever they change."""
 
 
 @dataclass
@@ -48,29 +51,37 @@ class Budget:
             )
 
 
-class Pages:
+class Pages(ABC):
     """Pages of `page_bytes`, made within a budget when needed and used again when given back."""
 
     def __init__(self, page_bytes: int, budget: Budget) -> None:
         self.page_bytes, self.budget = page_bytes, budget
-        self._arena = Arena()
-        self._memory: list[torch.Tensor] = []
         self._uses: list[int] = []
         self._free: list[int] = []
+
+    @abstractmethod
+    def _make(self, page: int) -> None:
+        """Memory for a page more, the last."""
+
+    @abstractmethod
+    def _copy(self, page: int, to: int) -> None: ...
+
+    @abstractmethod
+    def _table(self, pages: list[int]) -> Any:
+        """Where a sequence's pages are, as the kernels are told."""
 
     @property
     def bytes(self) -> int:
         """Taken from the system so far."""
-        return len(self._memory) * self.page_bytes
+        return len(self._uses) * self.page_bytes
 
     def require(self, rooms: Iterable[Room], beside: float = 0) -> float:
         """Bytes that it will take from the budget. Raises InputError where they are not there."""
         rooms = list(rooms)
-        # A page that is full before a fork is one page; of a page that each goes on writing to, each has its own.
-        pages = sum(each.sequences * -(-each.tokens // PAGE) - (each.sequences - 1) * (each.shared // PAGE) for each in rooms)
         free = len(self._free) * self.page_bytes
-        self.budget.require(pages * self.page_bytes, rooms, beside - free)
-        return max(0, pages * self.page_bytes - free)
+        needed = self._count(rooms) * self.page_bytes
+        self.budget.require(needed, rooms, beside - free)
+        return max(0, needed - free)
 
     def reserve(self, sequence: Sequence, length: int) -> None:
         """Room for `length` positions, none of it another sequence's too. Raises InputError when memory is short."""
@@ -81,13 +92,13 @@ class Pages:
         try:
             for index in shared:
                 before, own = sequence.pages[index], self._take()
-                self._memory[own].copy_(self._memory[before])
+                self._copy(before, own)
                 self._uses[before] -= 1
                 sequence.pages[index] = own
             while len(sequence.pages) < count:
                 sequence.pages.append(self._take())
         finally:  # whatever it has now, the table says
-            self._renew(sequence)
+            sequence.table = self._table(sequence.pages)
 
     def cut(self, sequence: Sequence, length: int) -> None:
         """Forgets positions from `length` on; their pages are kept for what comes."""
@@ -108,6 +119,10 @@ class Pages:
                 self._free.append(page)
         sequence.pages, sequence.length, sequence.table = [], 0, None
 
+    def _count(self, rooms: Iterable[Room]) -> int:
+        # A page that is full before a fork is one page; of a page that each goes on writing to, each has its own.
+        return sum(each.sequences * -(-each.tokens // PAGE) - (each.sequences - 1) * (each.shared // PAGE) for each in rooms)
+
     def _take(self) -> int:
         if self._free:
             page = self._free.pop()
@@ -117,16 +132,30 @@ class Pages:
                     f"keys and values fill {units.size(self.budget.taken)}, which is all that is allowed",
                     hint="a shorter context, fewer sequences, or cache: {dtype: float16}",
                 )
-            page = len(self._memory)
-            self._memory.append(self._arena.take(self.page_bytes))
+            page = len(self._uses)
+            self._make(page)
             self._uses.append(0)
             self.budget.taken += self.page_bytes
         self._uses[page] = 1
         return page
 
-    def _renew(self, sequence: Sequence) -> None:
-        addresses = [self._memory[page].data_ptr() for page in sequence.pages]
-        sequence.table = (ctypes.c_void_p * len(addresses))(*addresses)
+
+class HostPages(Pages):
+    """Each page has an address of its own."""
+
+    def __init__(self, page_bytes: int, budget: Budget) -> None:
+        super().__init__(page_bytes, budget)
+        self._arena = Arena()
+        self._memory: list[torch.Tensor] = []
+
+    def _make(self, page: int) -> None:
+        self._memory.append(self._arena.take(self.page_bytes))
+
+    def _copy(self, page: int, to: int) -> None:
+        self._memory[to].copy_(self._memory[page])
+
+    def _table(self, pages: list[int]) -> Any:
+        return (ctypes.c_void_p * len(pages))(*(self._memory[page].data_ptr() for page in pages))
 
 
 def _counted(rooms: Iterable[Room], most: int = 3) -> list[tuple[str, int]]:

@@ -21,7 +21,7 @@ def penalised(logits: torch.Tensor, seen: Sequence[int], penalty: float) -> torc
     """[vocabulary] with what was seen made less likely: positive logits divided, negative ones multiplied (CTRL, 1909.05858)."""
     if penalty == 1.0 or not seen:
         return logits
-    ids = torch.tensor(sorted({token for token in seen if token < len(logits)}), dtype=torch.long)
+    ids = torch.tensor(sorted({token for token in seen if token < len(logits)}), dtype=torch.long, device=logits.device)
     found = logits[ids]
     return logits.index_copy(0, ids, torch.where(found > 0, found / penalty, found * penalty))
 

@@ -20,6 +20,8 @@ class Run:
     sequence: Any
     ids: Sequence[int]
     all_logits: bool = False
+    goes_on: bool = False
+    """Whether the likeliest token is likely to be run next, so that a GPU may begin with it before it is asked."""
 
 
 @dataclass(frozen=True)

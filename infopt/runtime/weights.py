@@ -15,7 +15,7 @@ from infopt.layers.packing import unpacked
 from infopt.runtime.decoder import Unfit
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Wanted = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+Wanted = Literal["auto", "float32", "bfloat16", "int8", "int4", "float8"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def _bias(layer: Any) -> torch.Tensor:
 
 def kind_of(weight: torch.Tensor, wanted: Wanted) -> Kind:
     """How a floating-point weight is kept. float16 becomes float32: bfloat16 would round it."""
+    assert wanted != "float8", "refused where a model is opened: CPUs do not multiply it"
     if wanted != "auto":
         return wanted
     return "bfloat16" if weight.dtype == torch.bfloat16 else "float32"

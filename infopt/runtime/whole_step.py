@@ -22,7 +22,7 @@ from infopt.kernels.arena import Arena, give_back
 from infopt.kernels.library import CBatch, CLayer, CMatrix, CModel, Pointers
 from infopt.kernels.packed import Packed
 from infopt.runtime.decoder import Block, Decoder, Unfit, describe
-from infopt.runtime.pages import PAGE, Budget, Pages, Sequence
+from infopt.runtime.pages import PAGE, Budget, HostPages, Sequence
 from infopt.runtime.steps import PROMPT, Output, Room, Run
 from infopt.runtime.weights import Wanted, head_kind, joined, release, require
 
@@ -61,7 +61,7 @@ class WholeStep:
 
     def _start(self, engine: ctypes.c_void_p, budget: Budget) -> None:
         self._engine, self.budget = engine, budget
-        self.pages = Pages(int(self._library.infopt_page_bytes(ctypes.byref(self._model))), budget)
+        self.pages = HostPages(int(self._library.infopt_page_bytes(ctypes.byref(self._model))), budget)
         self._logits = torch.empty(0)
         self._calls: dict[tuple[int, int, int], _Call] = {}
 
@@ -92,14 +92,14 @@ class WholeStep:
             self.close_engine()
 
     @property
-    def layers(self) -> int:
+    def layer_count(self) -> int:
         return int(self._model.layers)
 
     @property
     def about(self) -> str:
         """How it runs, in a line for reports."""
         isa, kv = self._library.infopt_isa().decode(), "float16" if self._model.kv_is_half else "float32"
-        weights = ", ".join(dict.fromkeys(packed.kind for packed in self.packed[: 4 * self.layers]))
+        weights = ", ".join(dict.fromkeys(packed.kind for packed in self.packed[: 4 * self.layer_count]))
         return f"whole steps, {isa}, {self.threads} threads; weights {weights}, head {self.packed[-1].kind}, keys and values {kv}"
 
     @property

@@ -1,0 +1,169 @@
+"""Which way a product takes on this GPU: found by timing the candidates once, and kept on disk.
+
+A choice belongs to a kind of weight, its shape, a number of rows (powers of two stand for those up to them) and what is fused.
+Where nothing was timed yet the first candidate is taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from infopt.kernels.gpu.weight import Weight
+
+Way = Literal["vector", "tiles", "library", "scaled"]
+#: Rows beyond which all products are timed as for so many.
+MOST_ROWS = 512
+#: Counts up when kernels change, so that older timings are not believed.
+METHOD = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`library`: torch's own product, of integers' numbers spread out before it; `scaled`: its product of float8 with float8.
+    `block` rows of W and `rows` of x a program; tiles of `inputs` inputs, these in `splits` parts."""
+
+    way: Way
+    block: int = 0
+    rows: int = 0
+    warps: int = 4
+    inputs: int = 0
+    splits: int = 1
+    stages: int = 3
+
+
+def bucket(rows: int) -> int:
+    """The power of two that stands for so many rows."""
+    return min(MOST_ROWS, 1 << (rows - 1).bit_length())
+
+
+def key(weight: Weight, rows: int, has_norm: bool, activation: int | None) -> str:
+    shape = f"{weight.kind} {weight.rows}x{weight.inner} group {weight.group} zeros {int(weight.zeros is not None)}"
+    return f"{shape} rows {bucket(rows)} norm {int(has_norm)} activation {-1 if activation is None else activation}"
+
+
+def candidates(weight: Weight, rows: int, dtype: torch.dtype) -> list[Choice]:
+    """What is worth a try, the likeliest first. Vectors: weights a warp loads at a time, more rows at a time costing registers;
+    tiles: enough programs for all multiprocessors, by splitting the inputs where rows of W are few."""
+    count = bucket(rows)
+    vectors = [
+        Choice("vector", block, min(count, 4 if weight.bits is None else 2), warps)
+        for block, warps in ((4, 1), (8, 1), (4, 4), (2, 2), (8, 4))
+    ]
+    if count > 8:
+        vectors = []
+    tile = min(64, max(16, count))
+    programs = len(weight.data) // 64 * -(-count // tile)
+    splits = [each for each in (1, 2, 4, 8) if (each == 1 or programs * each <= 600) and each <= weight.padded_inner // 512 + 1]
+    inputs = 64 if weight.data.dtype == torch.float32 else 128
+    tiles = [Choice("tiles", 64, tile, 4, inputs, each, 4) for each in splits]
+    if count >= 64:
+        tiles += [Choice("tiles", 128, each, 8, inputs, 1, 3) for each in (64, 128) if each <= count]
+    library = [Choice("library")] if weight.bits is None or count >= 64 else []
+    scaled = [Choice("scaled")] if weight.kind == "float8" and dtype == torch.bfloat16 and weight.inner % 16 == 0 else []
+    few = count <= (4 if weight.bits is None else 2)
+    if count > 64:
+        return [*library, *scaled, *tiles]
+    return [*vectors, *tiles, *library, *scaled] if few else [*tiles, *library, *scaled, *vectors]
+
+
+@dataclass
+class Table:
+    """Choices by key, and the seconds of all that were tried. `path` None: kept in memory alone."""
+
+    path: Path | None = None
+    chosen: dict[str, Choice] = field(default_factory=dict)
+    seconds: dict[str, list[tuple[Choice, float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            return
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            if stored["method"] == METHOD:
+                self.chosen = {name: Choice(**choice) for name, choice in stored["chosen"].items()}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # a broken file is written anew
+
+    def find(self, weight: Weight, rows: int, dtype: torch.dtype, has_norm: bool, activation: int | None) -> Choice:
+        name = key(weight, rows, has_norm, activation)
+        if name not in self.chosen:
+            return candidates(weight, rows, dtype)[0]
+        return self.chosen[name]
+
+    def tune(
+        self, weight: Weight, rows: int, dtype: torch.dtype, has_norm: bool, activation: int | None,
+        seconds: Callable[[Choice], float],
+    ) -> None:  # fmt: skip
+        """Times every candidate where none was chosen yet. One that does not run here, for want of registers or shared memory,
+        is none."""
+        name = key(weight, rows, has_norm, activation)
+        if name in self.chosen:
+            return
+        tried: list[tuple[Choice, float]] = []
+        for choice in candidates(weight, rows, dtype):
+            try:
+                tried.append((choice, seconds(choice)))
+            except Exception as error:  # Triton raises of every kind
+                if not _is_too_large(error):
+                    raise
+        self.seconds[name] = sorted(tried, key=lambda each: each[1])
+        self.chosen[name] = self.seconds[name][0][0]
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        stored = {"method": METHOD, "chosen": {name: asdict(choice) for name, choice in sorted(self.chosen.items())}}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(self.path)
+
+
+def _is_too_large(error: Exception) -> bool:
+    return type(error).__name__ in ("OutOfResources", "PTXASError", "OutOfMemoryError") or "not supported" in str(error)
+
+
+def device_table(folder: Path) -> Table:
+    """That of the current GPU and this Triton."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    name = "".join(letter if letter.isalnum() else "-" for letter in properties.name)
+    return Table(folder / f"{name}-{properties.multi_processor_count}-triton-{triton.__version__}.json")
+
+
+def timed(run: Callable[[Weight], object], weights: Sequence[Weight], repeats: int = 3) -> float:
+    """Median seconds of one product on the GPU, going round `weights` of one shape so that no cache holds them, in a graph so
+    that launching costs what it will cost."""
+    for weight in weights[:2]:
+        run(weight)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            run(weight)
+    found = []
+    for _ in range(repeats + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(float(start.elapsed_time(end)) / 1e3 / len(weights))
+    return sorted(found[1:])[repeats // 2]
+
+
+def enough(weights: Iterable[Weight], cache_bytes: int) -> list[Weight]:
+    """As many as are twice what a cache of `cache_bytes` holds, and three at least if there are so many."""
+    found: list[Weight] = []
+    for weight in weights:
+        if sum(each.nbytes for each in found) > 2 * cache_bytes and len(found) >= 3:
+            break
+        found.append(weight)
+    return found

@@ -1,0 +1,106 @@
+"""What a step of a decoder is made of, by kernels or by their twins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from infopt.kernels.gpu import attention, norm, products
+from infopt.kernels.gpu.attention import Heads, Paged, Where
+from infopt.kernels.gpu.choices import Choice, Table
+from infopt.kernels.gpu.weight import FLOAT8, Weight
+
+
+class Product(Protocol):
+    """As `products.twin`."""
+
+    def __call__(
+        self, x: torch.Tensor, weight: Weight, *, gain: torch.Tensor | None = None, epsilon: float = 0.0,
+        activation: int | None = None, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None,
+    ) -> torch.Tensor: ...  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ops:
+    product: Product
+    attention: Callable[[torch.Tensor, Paged, Where, Heads], torch.Tensor]
+    norm: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor | None], torch.Tensor]
+    likeliest: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+TWINS = Ops(products.twin, attention.twin, norm.norm_twin, norm.likeliest_twin)
+
+
+def kernels(table: Table, multiprocessors: int) -> Ops:
+    """`table`: which way each product takes."""
+
+    def product(
+        x: torch.Tensor, weight: Weight, *, gain: torch.Tensor | None = None, epsilon: float = 0.0,
+        activation: int | None = None, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        choice = table.find(weight, len(x), x.dtype, gain is not None, activation)
+        return multiply(
+            choice, x, weight, gain=gain, epsilon=epsilon, activation=activation, residual=residual, dtype=dtype or x.dtype
+        )
+
+    def attend(qkv: torch.Tensor, cache: Paged, where: Where, heads: Heads) -> torch.Tensor:
+        splits = splits_of(len(where.lengths) * heads.kv_heads, multiprocessors)
+        return attention.attention(qkv, cache, where, heads, splits=splits)
+
+    return Ops(product, attend, norm.norm, norm.likeliest)
+
+
+def splits_of(programs: int, multiprocessors: int) -> int:
+    """Into how many parts, a power of two, positions go so that there are about two programs for every multiprocessor."""
+    splits = 1
+    while splits < 32 and programs * splits < 3 * multiprocessors // 2:
+        splits *= 2
+    return splits
+
+
+def multiply(
+    choice: Choice, x: torch.Tensor, weight: Weight, *, gain: torch.Tensor | None, epsilon: float, activation: int | None,
+    residual: torch.Tensor | None, dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """`products.twin` the chosen way."""
+    if choice.way == "vector":
+        return products.by_vector(
+            x, weight, gain=gain, epsilon=epsilon, activation=activation, residual=residual, dtype=dtype, block=choice.block,
+            rows=choice.rows, warps=choice.warps,
+        )  # fmt: skip
+    if gain is not None:
+        x = norm.norm(x, gain, epsilon)
+    if choice.way == "tiles":
+        return products.by_tiles(
+            x, weight, activation=activation, residual=residual, dtype=dtype, block=choice.block, rows=choice.rows,
+            inputs=choice.inputs, splits=choice.splits, warps=choice.warps, stages=choice.stages,
+        )  # fmt: skip
+    y = _scaled(x, weight) if choice.way == "scaled" else torch.nn.functional.linear(x, products.widened(weight, x.dtype))
+    return _behind(y[:, : weight.rows], weight, activation, residual, dtype)
+
+
+def _scaled(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """x rounded to float8 with a scale a row, multiplied as float8. `weight` is float8."""
+    assert weight.scales is not None
+    largest = torch.finfo(FLOAT8).max
+    scales = (x.float().abs().amax(1, keepdim=True) / largest).clamp(min=1e-12)
+    rounded = (x.float() / scales).clamp(-largest, largest).to(FLOAT8)
+    return torch._scaled_mm(
+        rounded, weight.data[:, : weight.inner].t(), scale_a=scales, scale_b=weight.scales[None], out_dtype=torch.bfloat16
+    )
+
+
+def _behind(
+    y: torch.Tensor, weight: Weight, activation: int | None, residual: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    if weight.bias is not None:
+        y = y + weight.bias
+    if activation is not None:
+        gate, up = y[:, 0::2], y[:, 1::2]
+        y = up * (torch.nn.functional.silu(gate) if activation == 0 else torch.nn.functional.gelu(gate, approximate="tanh"))
+    if residual is not None:
+        y = y + residual
+    return y.to(dtype)

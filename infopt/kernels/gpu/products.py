@@ -1,0 +1,330 @@
+"""Matrix products of few rows with weights of any kind: y = x · Wᵀ, and what stands around it in a decoder.
+
+Two ways. `vector` reads each weight once and multiplies it with every row in ordinary arithmetic: RMSNorm may come before it,
+bias, gated activation and residual behind it, in the same launch. `tiles` multiplies tiles on the tensor cores and may split
+the inputs among programs, whose sums a second launch adds in order. Both work in float32 sums and give the same on every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from infopt.kernels.gpu.weight import Weight, dense
+
+
+def twin(
+    x: torch.Tensor, weight: Weight, *, gain: torch.Tensor | None = None, epsilon: float = 0.0, activation: int | None = None,
+    residual: torch.Tensor | None = None, dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`x` [rows, inner] → [rows, weight.rows], or half of it with an activation, whose gate and up rows take turns; `dtype` None:
+    in x's.
+
+    `activation` 0: silu(gate) · up; 1: the tanh form of GELU instead. `gain` [inner]: x is divided by its root mean square and
+    multiplied by it before; `residual` is added last.
+    """
+    inputs = x.float()
+    if gain is not None:
+        inputs = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + epsilon) * gain.float()
+    y = inputs @ dense(weight).T
+    if weight.bias is not None:
+        y = y + weight.bias.float()
+    if activation is not None:
+        gate, up = y[:, 0::2], y[:, 1::2]
+        y = up * (torch.nn.functional.silu(gate) if activation == 0 else torch.nn.functional.gelu(gate, approximate="tanh"))
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(dtype or x.dtype)
+
+
+@triton.jit
+def _field(words, J: tl.constexpr, BITS: tl.constexpr):
+    """Field j of each word plus `_bias(j)`, exactly, with one mask: its bits become low bits of a float32's mantissa."""
+    POS: tl.constexpr = 12 + 4 * (J % 2) if BITS == 4 else 8 * (J % 2)
+    if BITS == 4:
+        if J // 2 == 1:
+            words = words << 8
+        elif J // 2 == 2:
+            words = words >> 8
+        elif J // 2 == 3:
+            words = (words << 16) | ((words >> 16) & 0xFFFF)  # one turn by half
+    elif J // 2 == 1:
+        words = words >> 16
+    return ((words & (((1 << BITS) - 1) << POS)) | ((150 - POS) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sigmoid(z):
+    small = tl.exp(-tl.abs(z))  # e^−z overflows
+    return tl.where(z >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def _finish(y, rows, m, M, N, bias, residual, out, BN: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
+            RESIDUAL: tl.constexpr):  # fmt: skip
+    """Bias, activation and residual of sums `y` [ROWS, BN], and where they are stored. `rows` [BN], `m` [ROWS]."""
+    if BIAS:
+        y += tl.load(bias + rows, mask=rows < N, other=0).to(tl.float32)[None, :]
+    if ACT >= 0:
+        gate, up = tl.split(tl.reshape(y, [ROWS, BN // 2, 2]))
+        if ACT == 0:
+            y = gate * _sigmoid(gate) * up
+        else:  # tanh(z) = 2 σ(2z) − 1
+            y = gate * _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+        n = tl.min(rows, 0) // 2 + tl.arange(0, BN // 2)
+        count = N // 2
+    else:
+        n = rows
+        count = N
+    at = m[:, None] * count + n[None, :]
+    mask = (m[:, None] < M) & (n[None, :] < count)
+    if RESIDUAL:
+        y += tl.load(residual + at, mask=mask, other=0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def vector_integers(x, w, scales, zeros, gain, bias, residual, out, M, N, K, units, groups, epsilon,
+                    ROWS: tl.constexpr, BN: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+                    ZEROS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+                    EVEN: tl.constexpr):  # fmt: skip
+    """ROWS rows of x with BN rows of W a program. Four bits: fields are left with what `_field` added to them, and the sum of
+    that over x is taken off once a unit, which saves an addition for every weight; at 2¹¹ + q in float32 it costs no accuracy
+    that activations of 16 bits have."""
+    PER: tl.constexpr = 32 // BITS
+    UNIT: tl.constexpr = 4 * PER
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    m4 = m[:, None, None, None]
+    t = tl.arange(0, 4)[None, None, None, :]
+    sums = tl.zeros([ROWS, BN, UNITS, 4], tl.float32)
+    squares = tl.zeros([ROWS, 1, UNITS, 4], tl.float32)
+    for first in range(0, units, UNITS):
+        u = first + tl.arange(0, UNITS)
+        u4 = u[None, None, :, None]
+        at = rows[None, :, None, None].to(tl.int64) * (units * 4) + u4 * 4 + t
+        words = tl.load(w + at) if EVEN else tl.load(w + at, mask=u4 < units, other=0)
+        part = tl.zeros([ROWS, BN, UNITS, 4], tl.float32)
+        total = tl.zeros([ROWS, 1, UNITS, 4], tl.float32)
+        taken = tl.zeros([ROWS, 1, UNITS, 4], tl.float32)
+        for j in tl.static_range(PER):
+            k = u4 * UNIT + 4 * j + t
+            if EVEN:
+                xj = tl.load(x + m4 * K + k, mask=m4 < M, other=0).to(tl.float32)
+            else:
+                xj = tl.load(x + m4 * K + k, mask=(m4 < M) & (k < K), other=0).to(tl.float32)
+            if NORM:
+                squares += xj * xj
+                if EVEN:
+                    xj *= tl.load(gain + k).to(tl.float32)
+                else:
+                    xj *= tl.load(gain + k, mask=k < K, other=0).to(tl.float32)
+            if BITS == 4:
+                part += _field(words, j, BITS) * xj
+                taken += ((2048 >> (4 * (j % 2))) + (0 if ZEROS else 8)) * xj
+            else:
+                part += (_field(words, j, BITS) - (((1 << 23) >> (8 * (j % 2))) + (0 if ZEROS else 128))) * xj
+            if ZEROS:
+                total += xj
+        grid = rows[:, None] * groups + (u[None, :] * UNIT) // GROUP
+        scale = tl.load(scales + grid) if EVEN else tl.load(scales + grid, mask=u[None, :] < units, other=0)
+        if BITS == 4:
+            part -= taken
+        if ZEROS:
+            zero = tl.load(zeros + grid) if EVEN else tl.load(zeros + grid, mask=u[None, :] < units, other=0)
+            part -= zero.to(tl.float32)[None, :, :, None] * total
+        sums += part * scale.to(tl.float32)[None, :, :, None]
+    y = tl.sum(tl.sum(sums, 3), 2)
+    if NORM:
+        y *= tl.rsqrt(tl.sum(tl.sum(squares, 3), 2) / K + epsilon)
+    _finish(y, rows, m, M, N, bias, residual, out, BN, ROWS, BIAS, ACT, RESIDUAL)
+
+
+@triton.jit
+def vector_floats(x, w, scales, gain, bias, residual, out, M, N, K, padded, epsilon,
+                  ROWS: tl.constexpr, BN: tl.constexpr, UNITS: tl.constexpr, VEC: tl.constexpr, SCALED: tl.constexpr,
+                  NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+                  EVEN: tl.constexpr):  # fmt: skip
+    """The same for floating-point weights, VEC of which are 16 bytes."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    m3 = m[:, None, None]
+    sums = tl.zeros([ROWS, BN, UNITS * VEC], tl.float32)
+    squares = tl.zeros([ROWS, 1, UNITS * VEC], tl.float32)
+    for first in range(0, padded, UNITS * VEC):
+        k = (first + tl.arange(0, UNITS * VEC))[None, None, :]
+        at = rows[None, :, None].to(tl.int64) * padded + k
+        if EVEN:
+            value = tl.load(w + at)
+            xs = tl.load(x + m3 * K + k, mask=m3 < M, other=0).to(tl.float32)
+        else:
+            value = tl.load(w + at, mask=k < padded, other=0.0)
+            xs = tl.load(x + m3 * K + k, mask=(m3 < M) & (k < K), other=0).to(tl.float32)
+        if NORM:
+            squares += xs * xs
+            if EVEN:
+                xs *= tl.load(gain + k).to(tl.float32)
+            else:
+                xs *= tl.load(gain + k, mask=k < K, other=0).to(tl.float32)
+        sums += value.to(tl.float32) * xs
+    y = tl.sum(sums, 2)
+    if NORM:
+        y *= tl.rsqrt(tl.sum(squares, 2) / K + epsilon)
+    if SCALED:
+        y *= tl.load(scales + rows)[None, :]
+    _finish(y, rows, m, M, N, bias, residual, out, BN, ROWS, BIAS, ACT, RESIDUAL)
+
+
+@triton.jit
+def tiles(x, w, scales, zeros, bias, residual, out, sums, M, N, K, row, groups,
+          BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
+          SCALED: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, SPLITS: tl.constexpr,
+          EXACT: tl.constexpr):  # fmt: skip
+    """BM rows of x with BN rows of W a program, BK inputs at a time; W's rows are the rows of the tensor cores' tiles, since x
+    has few. BITS 0: floating point. `row`: numbers, or words, of a row of W. EXACT: float32 is not multiplied as tf32."""
+    PER: tl.constexpr = 32 // BITS if BITS else 1
+    STEP: tl.constexpr = BK // PER
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    each = tl.cdiv(tl.cdiv(row, STEP), SPLITS) * STEP
+    begin = tl.program_id(2) * each
+    total = tl.zeros([BN, BM], tl.float32)
+    for first in range(begin, tl.minimum(begin + each, row), STEP):
+        i = tl.arange(0, STEP)
+        at = w + rows[:, None].to(tl.int64) * row + first + i[None, :]
+        inside = first + i[None, :] < row
+        if BITS == 0:
+            k = first + i
+            value = tl.load(at, mask=inside, other=0.0)
+            xk = tl.load(x + m[None, :] * K + k[:, None], mask=(m[None, :] < M) & (k[:, None] < K), other=0)
+            total = tl.dot(value.to(xk.dtype), xk, total, input_precision="ieee" if EXACT else "tf32")
+        else:
+            words = tl.load(at, mask=inside, other=0)
+            u = first // 4 + tl.arange(0, STEP // 4)
+            grid = rows[:, None] * groups + (u[None, :] * 4 * PER) // GROUP
+            inside = u[None, :] * 4 < row
+            scale = tl.load(scales + grid, mask=inside, other=0).to(tl.float32)
+            zero = tl.load(zeros + grid, mask=inside, other=0).to(tl.float32) if ZEROS else scale * 0 + (1 << (BITS - 1))
+            scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [BN, STEP // 4, 4]), [BN, STEP])
+            zero = tl.reshape(tl.broadcast_to(zero[:, :, None], [BN, STEP // 4, 4]), [BN, STEP])
+            for j in tl.static_range(PER):
+                k = first * PER + (i // 4) * (4 * PER) + 4 * j + i % 4
+                xk = tl.load(x + m[None, :] * K + k[:, None], mask=(m[None, :] < M) & (k[:, None] < K), other=0)
+                added = (2048 >> (4 * (j % 2))) if BITS == 4 else ((1 << 23) >> (8 * (j % 2)))
+                value = (_field(words, j, BITS) - added - zero) * scale
+                total = tl.dot(value.to(xk.dtype), xk, total, input_precision="ieee" if EXACT else "tf32")
+    if SCALED:
+        total *= tl.load(scales + rows)[:, None]
+    y = tl.trans(total)
+    if SPLITS == 1:
+        _finish(y, rows, m, M, N, bias, residual, out, BN, BM, BIAS, ACT, RESIDUAL)
+    else:
+        at = sums + (tl.program_id(2) * M + m[:, None]) * N + rows[None, :]
+        tl.store(at, y, mask=(m[:, None] < M) & (rows[None, :] < N))
+
+
+@triton.jit
+def join(sums, bias, residual, out, M, N, BN: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
+         RESIDUAL: tl.constexpr):  # fmt: skip
+    """The sums that `tiles` left of each split, [SPLITS, M, N], added in order; one row a program."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) + tl.arange(0, 1)
+    total = tl.zeros([1, BN], tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(sums + (split * M + m[:, None]) * N + rows[None, :], mask=rows[None, :] < N, other=0)
+    _finish(total, rows, m, M, N, bias, residual, out, BN, 1, BIAS, ACT, RESIDUAL)
+
+
+@triton.jit
+def spread(w, scales, zeros, out, K, row, groups, BN: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr,
+           GROUP: tl.constexpr, ZEROS: tl.constexpr):  # fmt: skip
+    """Integers as the numbers that they stand for, [rows, K]: BN rows and STEP words a program."""
+    PER: tl.constexpr = 32 // BITS
+    rows = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
+    i = (tl.program_id(1) * STEP + tl.arange(0, STEP))[None, :]
+    words = tl.load(w + rows.to(tl.int64) * row + i, mask=i < row, other=0)
+    grid = rows * groups + (i // 4 * 4 * PER) // GROUP
+    scale = tl.load(scales + grid, mask=i < row, other=0).to(tl.float32)
+    zero = tl.load(zeros + grid, mask=i < row, other=0).to(tl.float32) if ZEROS else scale * 0 + (1 << (BITS - 1))
+    for j in tl.static_range(PER):
+        k = (i // 4) * (4 * PER) + 4 * j + i % 4
+        added = (2048 >> (4 * (j % 2))) if BITS == 4 else ((1 << 23) >> (8 * (j % 2)))
+        value = (_field(words, j, BITS) - added - zero) * scale
+        tl.store(out + rows.to(tl.int64) * K + k, value.to(out.dtype.element_ty), mask=k < K)
+
+
+def by_vector(
+    x: torch.Tensor, weight: Weight, *, gain: torch.Tensor | None, epsilon: float, activation: int | None,
+    residual: torch.Tensor | None, dtype: torch.dtype, block: int, rows: int, warps: int,
+) -> torch.Tensor:  # fmt: skip
+    """`block` rows of W and `rows` of x a program of `warps` warps."""
+    count = x.shape[0]
+    units = 32 * warps
+    out = _room(x, weight, activation, dtype)
+    around: dict[str, Any] = {
+        "ROWS": rows, "BN": block, "UNITS": units, "NORM": gain is not None, "BIAS": weight.bias is not None,
+        "ACT": -1 if activation is None else activation, "RESIDUAL": residual is not None,
+        "EVEN": weight.padded_inner % (units * weight.unit) == 0 and weight.padded_inner == weight.inner, "num_warps": warps,
+    }  # fmt: skip
+    grid = (weight.data.shape[0] // block, -(-count // rows))
+    if weight.bits is None:
+        vector_floats[grid](
+            x, weight.data, weight.scales, gain, weight.bias, residual, out, count, weight.rows, weight.inner,
+            weight.padded_inner, epsilon, VEC=weight.unit, SCALED=weight.scales is not None, **around,
+        )  # fmt: skip
+    else:
+        assert weight.scales is not None
+        vector_integers[grid](
+            x, weight.data, weight.scales, weight.zeros, gain, weight.bias, residual, out, count, weight.rows, weight.inner,
+            weight.data.shape[1], weight.scales.shape[1], epsilon, BITS=weight.bits, GROUP=weight.group,
+            ZEROS=weight.zeros is not None, **around,
+        )  # fmt: skip
+    return out
+
+
+def by_tiles(
+    x: torch.Tensor, weight: Weight, *, activation: int | None, residual: torch.Tensor | None, dtype: torch.dtype, block: int,
+    rows: int, inputs: int, splits: int, warps: int, stages: int,
+) -> torch.Tensor:  # fmt: skip
+    """Tiles of `block` rows of W, `rows` of x and `inputs` inputs, these in `splits` parts."""
+    count = x.shape[0]
+    out = _room(x, weight, activation, dtype)
+    sums = torch.empty(splits, count, weight.rows, device=x.device) if splits > 1 else None
+    around: dict[str, Any] = {
+        "BIAS": weight.bias is not None, "ACT": -1 if activation is None else activation, "RESIDUAL": residual is not None,
+        "SPLITS": splits,
+    }  # fmt: skip
+    grid = (weight.data.shape[0] // block, -(-count // rows), splits)
+    tiles[grid](
+        x, weight.data, weight.scales, weight.zeros, weight.bias, residual, out, sums, count, weight.rows, weight.inner,
+        weight.data[0].numel(), weight.scales.shape[1] if weight.bits and weight.scales is not None else 0,
+        BM=rows, BN=block, BK=inputs, BITS=weight.bits or 0, GROUP=weight.group, ZEROS=weight.zeros is not None,
+        SCALED=weight.bits is None and weight.scales is not None, EXACT=x.dtype == torch.float32, num_warps=warps,
+        num_stages=stages, **around,
+    )  # fmt: skip
+    if sums is not None:
+        wide = min(256, triton.next_power_of_2(weight.rows))
+        join[(-(-weight.rows // wide), count)](sums, weight.bias, residual, out, count, weight.rows, BN=wide, **around)
+    return out
+
+
+def _room(x: torch.Tensor, weight: Weight, activation: int | None, dtype: torch.dtype) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.rows if activation is None else weight.rows // 2, dtype=dtype)
+
+
+def widened(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """[padded rows, inner] in floating point: the weight itself where it is that."""
+    if weight.bits is None:
+        data = weight.data[:, : weight.inner].to(dtype)
+        return data if weight.scales is None else data * weight.scales[:, None].to(dtype)
+    assert weight.scales is not None
+    rows, words = len(weight.data), weight.data[0].numel()
+    out = torch.empty(rows, weight.inner, dtype=dtype, device=weight.data.device)
+    spread[(rows // 16, -(-words // 64))](
+        weight.data, weight.scales, weight.zeros, out, weight.inner, words, weight.scales.shape[1], BN=16, STEP=64,
+        BITS=weight.bits, GROUP=weight.group, ZEROS=weight.zeros is not None,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,387 @@
+"""A step of a Llama-like decoder on a GPU: few launches a layer, captured as a graph for every number of rows and tokens.
+
+A replay takes nothing from the host but tokens, lengths and, where they changed, page tables. Where a row's likeliest token will
+be asked next, its step is launched before the host has seen the token, so that the GPU does not wait for Python.
+
+On CPU tensors the same steps run by the kernels' twins, uncaptured: that is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from infopt.errors import InputError
+from infopt.kernels.gpu.attention import Where, prompt
+from infopt.kernels.gpu.choices import Table
+from infopt.kernels.gpu.ops import TWINS, Ops, kernels
+from infopt.runtime.device_pages import DevicePages
+from infopt.runtime.device_tuning import tune
+from infopt.runtime.device_weights import BEYOND, DeviceModel, Layer
+from infopt.runtime.pages import PAGE, Budget, Sequence
+from infopt.runtime.steps import Output, Room, Run
+
+#: Tokens of a run up to which it goes into a graph; longer ones are prompts, which are run as they come.
+FEW = 17
+assert FEW <= BEYOND
+#: Tokens of a prompt that go through the layers together.
+CHUNK = 4096
+#: Rows of a graph: the first of these that has room, the rest of it being nobody's.
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclass
+class Captured:
+    """A step of `rows` sequences with `tokens` new ones each: what it reads, what it leaves, and its graph."""
+
+    ids: torch.Tensor
+    where: Where
+    tokens: torch.Tensor
+    leads: torch.Tensor
+    logits: torch.Tensor
+    graph: Any = None
+    known: list[Any] = field(default_factory=list)
+    """Page tables that `where.tables` has, row by row."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a step finds, on the host once `done`; its logits stay on the GPU."""
+
+    call: Captured
+    tokens: torch.Tensor
+    leads: torch.Tensor
+    done: Any = None
+
+    def arrived(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.done is not None:
+            self.done.synchronize()
+        return self.tokens, self.leads
+
+
+@dataclass
+class Pending:
+    """A step that was launched before it was asked for: for these sequences, at these lengths, fed with these tokens."""
+
+    found: Found
+    sequences: list[Sequence]
+    lengths: list[int]
+    fed: list[int] = field(default_factory=list)
+
+
+class GraphStep:
+    """`kv`: float32, float16, bfloat16 or auto, the model's own; `budget`: of its bytes. `table`: which way products take; what
+    it does not know is found by timing. `ops`: None takes the kernels on a GPU and their twins on a CPU.
+    """
+
+    name = "graph"
+
+    def __init__(
+        self, model: DeviceModel, *, kv: str = "auto", budget: Budget | None = None, table: Table | None = None,
+        ops: Ops | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.device = model, model.outside.head.data.device
+        self.is_captured = self.goes_ahead = self.device.type == "cuda"
+        self.vocabulary, self.context = model.outside.head.rows, model.context
+        self.table = table or Table()
+        self.ops = ops or (kernels(self.table, _multiprocessors(self.device)) if self.is_captured else TWINS)
+        self.budget = budget or Budget()
+        self.kv_dtype = model.dtype if kv == "auto" else getattr(torch, kv)
+        heads = model.layers[0].heads
+        self.pages = DevicePages(
+            len(model.layers), heads.kv_heads, heads.head_dim, self.kv_dtype, self.device, self.budget, on_move=self._forget
+        )
+        self.capture_s = 0.0
+        self._calls: dict[tuple[int, int], Captured] = {}
+        self._pending: Pending | None = None
+        self._memory = torch.cuda.graph_pool_handle() if self.is_captured else None
+
+    def first_layers(self, count: int) -> GraphStep:
+        """The same model without its later layers: it shares weights and budget, and keeps keys and values of its own.
+
+        Raises InputError for a count that the model does not have.
+        """
+        if not 0 < count < self.layer_count:
+            raise InputError(f"{count} early layers; allowed: 1 … {self.layer_count - 1}")
+        kept = str(self.kv_dtype).removeprefix("torch.")
+        return GraphStep(self.model.first(count), kv=kept, budget=self.budget, table=self.table, ops=self.ops)
+
+    @property
+    def layer_count(self) -> int:
+        return len(self.model.layers)
+
+    @property
+    def about(self) -> str:
+        """How it runs, in a line for reports."""
+        head, kinds = self.model.outside.head.kind, dict.fromkeys(w.kind for layer in self.model.layers for w in layer.weights)
+        where = torch.cuda.get_device_name(self.device) if self.is_captured else "by their twins on the CPU"
+        kept = str(self.kv_dtype).removeprefix("torch.")
+        return f"whole steps as CUDA graphs, {where}; weights {', '.join(kinds)}, head {head}, keys and values {kept}"
+
+    @property
+    def weights_bytes(self) -> int:
+        return self.model.weights_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """What a step of one token reads of the weights."""
+        return self.model.read_bytes
+
+    def kv_bytes(self, length: int) -> float:
+        """What a step of one token reads of a sequence's keys and values."""
+        return self.pages.page_bytes / PAGE * length
+
+    def open(self) -> Sequence:
+        return Sequence()
+
+    def length(self, sequence: Sequence) -> int:
+        return sequence.length
+
+    def require(self, rooms: Several[Room], beside: float = 0) -> float:
+        return self.pages.require(rooms, beside)
+
+    def cut(self, sequence: Sequence, length: int) -> None:
+        self.pages.cut(sequence, length)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        return self.pages.fork(sequence)
+
+    def close(self, sequence: Sequence) -> None:
+        self.pages.close(sequence)
+
+    @torch.inference_mode()
+    def run(self, runs: Several[Run], want_logits: bool = True) -> Output:
+        """Prompts go one after the other; all others together, in one graph as wide as the longest of them."""
+        for run in runs:
+            total = run.sequence.length + len(run.ids)
+            if total > self.context:
+                raise InputError(f"{total} tokens; the model's context allows {self.context}")
+            self.pages.reserve(run.sequence, total)
+        few = [index for index, run in enumerate(runs) if len(run.ids) <= FEW]
+        parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = [(torch.empty(0),) * 3] * len(runs)
+        for index, run in enumerate(runs):
+            if len(run.ids) > FEW:
+                parts[index] = self._prompt(run)
+        for start in range(0, len(few), ROWS[-1]):
+            chosen = few[start : start + ROWS[-1]]
+            made = self._together([runs[index] for index in chosen], want_logits)
+            for index, part in zip(chosen, made, strict=True):
+                parts[index] = part
+        tokens, leads = (torch.cat([part[side] for part in parts]).tolist() for side in (0, 1))
+        if any(lead != lead for lead in leads):
+            self._refuse_nan(runs)
+        for run in runs:
+            run.sequence.length += len(run.ids)
+        logits = torch.cat([part[2] for part in parts]) if want_logits else None
+        return Output(tokens, leads, logits)
+
+    # Prompts
+
+    def _prompt(self, run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        table, length = run.sequence.table.to(self.device), run.sequence.length
+        ids = torch.tensor(run.ids, device=self.device)
+        if self.is_captured:
+            self._tune(min(CHUNK, len(ids)))
+        kept = []
+        for start in range(0, len(ids), CHUNK):
+            part = ids[start : start + CHUNK]
+            x = self._layers(
+                part,
+                lambda qkv, layer, cache: prompt(qkv, cache, table, length + start, layer.heads),  # noqa: B023 - called at once
+            )
+            kept.append(x)
+        x = torch.cat(kept) if run.all_logits else kept[-1][-1:]
+        return self._answers(x)
+
+    def _layers(self, ids: torch.Tensor, attend: Any) -> torch.Tensor:
+        """`ids` [rows] through all layers: [rows, hidden]. `attend(qkv, layer, its pages)`."""
+        product, norm, epsilon, outside = self.ops.product, self.ops.norm, self.model.epsilon, self.model.outside
+        x = torch.nn.functional.embedding(ids, outside.embedding)
+        x = x * outside.scale if outside.scale != 1 else x
+        for layer, cache in zip(self.model.layers, self.pages.layers, strict=True):
+            qkv = product(x, layer.qkv, gain=layer.input_norm, epsilon=epsilon)
+            mixed = attend(qkv, layer, cache)
+            if layer.attention_out_norm is None:
+                x = product(mixed, layer.output, residual=x)
+            else:
+                x = norm(product(mixed, layer.output), layer.attention_out_norm, epsilon, x)
+            fed = product(x, layer.gate_up, gain=layer.feed_norm, epsilon=epsilon, activation=self.model.activation)
+            if layer.feed_out_norm is None:
+                x = product(fed, layer.down, residual=x)
+            else:
+                x = norm(product(fed, layer.down), layer.feed_out_norm, epsilon, x)
+        return x
+
+    def _answers(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Likeliest token, its lead, and logits float32 [rows, vocabulary] after hidden states `x`."""
+        outside = self.model.outside
+        logits = self.ops.product(x, outside.head, gain=outside.final_norm, epsilon=self.model.epsilon, dtype=torch.float32)
+        return *self.ops.likeliest(logits), logits
+
+    # Steps of few tokens
+
+    def _together(self, runs: Several[Run], want_logits: bool) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        longest = max(len(run.ids) for run in runs)
+        found = self._taken(runs) if longest == 1 and not want_logits else None
+        if found is None:
+            call = self._call(next(rows for rows in ROWS if rows >= len(runs)), longest)
+            self._fill(call, runs, longest)
+            self._launch(call)
+            found = self._read(call)
+        if self.goes_ahead and longest == 1 and not want_logits and all(run.goes_on for run in runs):
+            self._ahead(found.call, runs)
+        tokens, leads = found.arrived()
+        if self._pending is not None:
+            self._pending.fed = tokens[: len(runs)].tolist()
+        answers = []
+        for index, run in enumerate(runs):
+            start, end = index * longest, index * longest + len(run.ids)
+            part = slice(start if run.all_logits else end - 1, end)
+            answers.append((tokens[part], leads[part], found.call.logits[part]))
+        return answers
+
+    def _read(self, call: Captured) -> Found:
+        """What a step that was launched finds, on its way to the host."""
+        if not self.is_captured:
+            return Found(call, call.tokens.clone(), call.leads.clone())
+        tokens, leads = (torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in (call.tokens, call.leads))
+        tokens.copy_(call.tokens, non_blocking=True)
+        leads.copy_(call.leads, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return Found(call, tokens, leads, done)
+
+    def _taken(self, runs: Several[Run]) -> Found | None:
+        """What was launched ahead, if it is what is asked for now."""
+        ahead, self._pending = self._pending, None
+        if ahead is None or len(ahead.sequences) != len(runs):
+            return None
+        asked = [(id(run.sequence), run.sequence.length, run.ids[0]) for run in runs]
+        if asked != [(id(s), n, t) for s, n, t in zip(ahead.sequences, ahead.lengths, ahead.fed, strict=True)]:
+            return None
+        return ahead.found
+
+    def _ahead(self, call: Captured, runs: Several[Run]) -> None:
+        """Launches the step that follows, fed with what the last one found, which the graph has put where it reads."""
+        lengths = [run.sequence.length + len(run.ids) for run in runs]
+        if max(lengths) >= self.context:
+            return
+        try:
+            for run, length in zip(runs, lengths, strict=True):
+                self.pages.reserve(run.sequence, length + 1)
+        except InputError:
+            return  # whoever asks for that step is told
+        if self._calls.get((len(call.where.lengths), 1)) is not call:
+            return  # room was made, and nothing is where it was
+        self._tables(call, runs)
+        self._launch(call)
+        self._pending = Pending(self._read(call), [run.sequence for run in runs], lengths)
+
+    def _fill(self, call: Captured, runs: Several[Run], longest: int) -> None:
+        rows = len(call.where.lengths)
+        ids, numbers = torch.zeros(rows, longest, dtype=torch.int32), torch.zeros(2, rows, dtype=torch.int32)
+        numbers[1] = 1
+        for index, run in enumerate(runs):
+            ids[index, : len(run.ids)] = torch.tensor(run.ids, dtype=torch.int32)
+            numbers[0, index], numbers[1, index] = run.sequence.length, len(run.ids)
+        call.ids.copy_(self._sent(ids.flatten()), non_blocking=True)
+        lengths, counts = self._sent(numbers)
+        call.where.lengths.copy_(lengths, non_blocking=True)
+        call.where.counts.copy_(counts, non_blocking=True)
+        self._tables(call, runs)
+        for index in range(len(runs), rows):
+            if call.known[index] is not None:  # it must not write to pages of a row that was here
+                call.where.tables[index].zero_()
+                call.known[index] = None
+
+    def _sent(self, part: torch.Tensor) -> torch.Tensor:
+        return part.pin_memory() if self.is_captured else part
+
+    def _tables(self, call: Captured, runs: Several[Run]) -> None:
+        for index, run in enumerate(runs):
+            table = run.sequence.table
+            if call.known[index] is not table:
+                call.where.tables[index, : len(table)].copy_(self._sent(table), non_blocking=True)
+                call.known[index] = table
+
+    def _call(self, rows: int, tokens: int) -> Captured:
+        if (rows, tokens) not in self._calls:
+            begin = time.perf_counter()
+            self._calls[rows, tokens] = self._made(rows, tokens)
+            self.capture_s += time.perf_counter() - begin
+        return self._calls[rows, tokens]
+
+    def _made(self, rows: int, tokens: int) -> Captured:
+        def numbers(*shape: int, fill: int = 0) -> torch.Tensor:
+            return torch.full(shape, fill, dtype=torch.int32, device=self.device)
+
+        pages = -(-self.context // PAGE)
+        where = Where(numbers(rows, pages), numbers(rows), numbers(rows, fill=1))
+        count = rows * tokens
+        call = Captured(
+            numbers(count), where, numbers(count), torch.zeros(count, device=self.device),
+            torch.empty(0), known=[None] * rows,
+        )  # fmt: skip
+        if self.is_captured:
+            self._tune(count)
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._compute(call, tokens)  # compiles the kernels, which a capture cannot
+            torch.cuda.current_stream().wait_stream(side)
+            call.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(call.graph, pool=self._memory):
+                self._compute(call, tokens)
+        return call
+
+    def _tune(self, rows: int) -> None:
+        tune(self.model, rows, self.table)
+
+    def _compute(self, call: Captured, tokens: int) -> None:
+        x = self._layers(call.ids, lambda qkv, layer, cache: self.ops.attention(qkv, cache, call.where, layer.heads))
+        found, leads, logits = self._answers(x)
+        call.tokens.copy_(found)
+        call.leads.copy_(leads)
+        call.logits = logits  # of a graph: where each replay leaves them
+        if tokens == 1:
+            call.ids.copy_(found)
+            call.where.lengths.add_(1)
+
+    def _launch(self, call: Captured) -> None:
+        if call.graph is not None:
+            call.graph.replay()
+        else:
+            self._compute(call, len(call.ids) // len(call.where.lengths))
+
+    def _forget(self) -> None:
+        self._calls.clear()
+        self._pending = None
+
+    # What is not finite
+
+    def _refuse_nan(self, runs: Several[Run]) -> None:
+        """The first run's tokens once more, layer by layer."""
+        run = runs[0]
+        table, length, place = run.sequence.table.to(self.device), run.sequence.length, [0]
+        bad: list[int] = []
+
+        def attend(qkv: torch.Tensor, layer: Layer, cache: Any) -> torch.Tensor:
+            if not bad and not qkv.isfinite().all():
+                bad.append(place[0])
+            place[0] += 1
+            return prompt(qkv, cache, table, length, layer.heads)
+
+        x = self._layers(torch.tensor(run.ids, device=self.device), attend)
+        last = self.layer_count - 1 if not x.isfinite().all() else None
+        where = f"layer {bad[0]}" if bad else "the output head" if last is None else f"layer {last}"
+        raise InputError(
+            f"a logit is not finite; {where} is where it first shows", hint="the model may be damaged, or too large for float16"
+        )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
