@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from itertools import count
 from pathlib import Path
@@ -13,6 +14,10 @@ import pytest
 # Read when huggingface_hub is imported, so set before anything imports it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_CACHE"] = os.path.join(tempfile.gettempdir(), "infopt-tests-have-no-hub")
+
+# Read when a Triton kernel is defined. Where there is no GPU kernels are interpreted, on CPU tensors.
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle

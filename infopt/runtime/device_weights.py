@@ -75,9 +75,11 @@ class DeviceModel:
         return replace(self, layers=self.layers[:count])
 
 
-def packed(model: Any, *, device: torch.device | str, weights: Wanted = "auto", head: Wanted = "auto") -> DeviceModel:
+def packed(
+    model: Any, *, device: torch.device | str, weights: Wanted = "auto", head: Wanted = "auto", group: int = GROUP
+) -> DeviceModel:
     """A transformers model's weights on `device`; its own are given back layer by layer. `weights`: what floating-point ones
-    become; `head`: the same for the output head, auto leaving it as it is.
+    become, integers in groups of `group` inputs; `head`: the same for the output head, auto leaving it as it is.
 
     Raises Unfit, before any was touched, for a model that the kernels do not run.
     """
@@ -93,7 +95,7 @@ def packed(model: Any, *, device: torch.device | str, weights: Wanted = "auto", 
     for name in dict.fromkeys(block.rotary for block in decoder.blocks):
         cos, sin = decoder.tables(name, decoder.context + BEYOND)
         turns[name] = cos.to(device), sin.to(device)
-    layers = tuple(_layer(block, decoder, turns[block.rotary], weights, dtype, device) for block in decoder.blocks)
+    layers = tuple(_layer(block, decoder, turns[block.rotary], weights, group, dtype, device) for block in decoder.blocks)
     last = joined([out], head, device)
     is_tied = decoder.is_tied and last.bits is None and last.data.dtype == dtype
     own = last.data[: last.rows, : last.inner] if is_tied else table.detach().to(device, dtype, copy=True)
@@ -111,7 +113,7 @@ def _layer(
     device: torch.device,
 ) -> Layer:
     def taken(*modules: nn.Module, in_pairs: bool = False) -> Weight:
-        made = joined(modules, wanted, device, in_pairs=in_pairs)
+        made = joined(modules, wanted, device, in_pairs=in_pairs, group=group)
         release(modules)
         return made
 
@@ -134,7 +136,9 @@ def _gain(norm: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch
     return norm.detach().to(device, dtype if fits else torch.float32, copy=True)
 
 
-def joined(modules: Sequence[nn.Module], wanted: Wanted, device: torch.device, *, in_pairs: bool = False) -> Weight:
+def joined(
+    modules: Sequence[nn.Module], wanted: Wanted, device: torch.device, *, in_pairs: bool = False, group: int = GROUP
+) -> Weight:
     """Layers that read the same input as one matrix; `in_pairs`: gate and up rows (or one layer's halves) take turns.
 
     Integers of 4 and 8 bits stay what they are, if groups of theirs are a multiple of what a lane loads; floating-point weights
@@ -160,7 +164,7 @@ def joined(modules: Sequence[nn.Module], wanted: Wanted, device: torch.device, *
     weight = put([weights.layer_weight(module) for module in modules])
     if wanted in ("int8", "int4"):
         bits = 8 if wanted == "int8" else 4
-        return integers(*rounded(weight, bits, GROUP), None, bits, GROUP, bias)
+        return integers(*rounded(weight, bits, group), None, bits, group, bias)
     if wanted == "float8":
         return float8(weight, bias)
     return plain(weight if wanted == "auto" else weight.to(getattr(torch, wanted)), bias)

@@ -351,6 +351,10 @@ class GraphStep:
             call.ids.copy_(found)
             call.where.lengths.add_(1)
 
+    def rehearse(self, rows: int, tokens: int) -> None:
+        """Computes a step as it would be captured, of sequences that nobody has."""
+        self._compute(self._made(rows, tokens), tokens)
+
     def _launch(self, call: Captured) -> None:
         if call.graph is not None:
             call.graph.replay()

@@ -227,6 +227,8 @@ def attention(qkv: torch.Tensor, cache: Paged, where: Where, heads: Heads, *, sp
     rows = len(where.lengths)
     tokens = len(qkv) // rows
     wide, tile = triton.next_power_of_2(heads.head_dim), max(16, triton.next_power_of_2(tokens * heads.group))
+    # Registers: heads of 128 numbers that are normed, or 64 rows of them, do not fit into four warps.
+    is_large = wide * tile >= 64 * 128 or (heads.query_norm is not None and wide >= 128)
     out = qkv.new_empty(len(qkv), heads.heads * heads.head_dim)
     shape = rows, heads.kv_heads, splits, tile
     parts, bests, totals = (
@@ -240,7 +242,7 @@ def attention(qkv: torch.Tensor, cache: Paged, where: Where, heads: Heads, *, sp
         heads.key_norm, out, parts, bests, totals, where.tables.shape[1], heads.scale * 1.4426950408889634, heads.epsilon,
         BT=max(16, triton.next_power_of_2(tokens)), TURNING=heads.cos.shape[1], QUERY_NORM=heads.query_norm is not None,
         KEY_NORM=heads.key_norm is not None, WINDOW=heads.window, PAGE=PAGE, EXACT=cache.keys.dtype == torch.float32,
-        num_warps=4, num_stages=2, **sizes,
+        num_warps=8 if is_large else 4, num_stages=2, **sizes,
     )  # fmt: skip
     if splits > 1:
         gather[(rows, heads.kv_heads, tokens * heads.group)](parts, bests, totals, out, num_warps=1, **sizes)

@@ -19,6 +19,8 @@ from infopt.kernels.gpu.weight import Weight
 Way = Literal["vector", "tiles", "library", "scaled"]
 #: Rows beyond which all products are timed as for so many.
 MOST_ROWS = 512
+#: Of tiles, that keep a large GPU's multiprocessors loading: two or three each.
+PROGRAMS = 300
 #: Counts up when kernels change, so that older timings are not believed.
 METHOD = 1
 
@@ -48,28 +50,27 @@ def key(weight: Weight, rows: int, has_norm: bool, activation: int | None) -> st
 
 
 def candidates(weight: Weight, rows: int, dtype: torch.dtype) -> list[Choice]:
-    """What is worth a try, the likeliest first. Vectors: weights a warp loads at a time, more rows at a time costing registers;
-    tiles: enough programs for all multiprocessors, by splitting the inputs where rows of W are few."""
-    count = bucket(rows)
-    vectors = [
-        Choice("vector", block, min(count, 4 if weight.bits is None else 2), warps)
-        for block, warps in ((4, 1), (8, 1), (4, 4), (2, 2), (8, 4))
-    ]
-    if count > 8:
-        vectors = []
+    """What is worth a try, the likeliest first.
+
+    Vectors: more rows of W a program are more loads at a time, and registers, of which rows of x take as many again. Tiles:
+    inputs are split where rows of W alone make too few programs to keep all multiprocessors loading.
+    """
+    count, is_plain = bucket(rows), weight.bits is None
+    each = min(count, 4 if is_plain else 2)
+    sizes = ((4, 1), (8, 1), (4, 4)) if each * 8 <= (16 if is_plain else 8) else ((4, 1), (2, 2))
+    vectors = [Choice("vector", block, each, warps) for block, warps in sizes] if count <= 8 else []
     tile = min(64, max(16, count))
     programs = len(weight.data) // 64 * -(-count // tile)
-    splits = [each for each in (1, 2, 4, 8) if (each == 1 or programs * each <= 600) and each <= weight.padded_inner // 512 + 1]
+    splits = next((parts for parts in (1, 2, 4) if programs * parts >= PROGRAMS or 1024 * parts > weight.padded_inner), 8)
     inputs = 64 if weight.data.dtype == torch.float32 else 128
-    tiles = [Choice("tiles", 64, tile, 4, inputs, each, 4) for each in splits]
+    tiles = [Choice("tiles", 64, tile, 4, inputs, parts, 4) for parts in dict.fromkeys((splits, max(1, splits // 2)))]
     if count >= 64:
-        tiles += [Choice("tiles", 128, each, 8, inputs, 1, 3) for each in (64, 128) if each <= count]
-    library = [Choice("library")] if weight.bits is None or count >= 64 else []
+        tiles += [Choice("tiles", 128, tall, 8, inputs, 1, 3) for tall in (64, 128) if tall <= count]
+    library = [Choice("library")] if is_plain or count >= 64 else []
     scaled = [Choice("scaled")] if weight.kind == "float8" and dtype == torch.bfloat16 and weight.inner % 16 == 0 else []
-    few = count <= (4 if weight.bits is None else 2)
     if count > 64:
         return [*library, *scaled, *tiles]
-    return [*vectors, *tiles, *library, *scaled] if few else [*tiles, *library, *scaled, *vectors]
+    return [*vectors, *tiles, *library, *scaled] if count <= (4 if is_plain else 2) else [*tiles, *library, *scaled, *vectors]
 
 
 @dataclass

@@ -307,7 +307,9 @@ def by_tiles(
     )  # fmt: skip
     if sums is not None:
         wide = min(256, triton.next_power_of_2(weight.rows))
-        join[(-(-weight.rows // wide), count)](sums, weight.bias, residual, out, count, weight.rows, BN=wide, **around)
+        join[(-(-weight.rows // wide), count)](
+            sums, weight.bias, residual, out, count, weight.rows, BN=wide, num_warps=2, **around
+        )
     return out
 
 

@@ -1,0 +1,62 @@
+"""Compiles what steps of real shapes launch, for Hopper and A100, and prints what the machine code is like, as JSON lines.
+
+A process of its own: where kernels are interpreted they cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+from gpu_models import SHAPES, outline
+
+from infopt.kernels.gpu import launches
+from infopt.kernels.gpu.choices import Table, candidates, key
+from infopt.kernels.gpu.ops import kernels
+from infopt.runtime.device_tuning import roles
+from infopt.runtime.graph_step import GraphStep
+
+#: Shape, kind of weights, rows, tokens of each; and whether what else would be timed is compiled too.
+STEPS = [
+    ("8B", "bfloat16", 1, 1, True), ("8B", "int4", 1, 1, True), ("8B", "int8", 1, 1, False), ("8B", "float8", 1, 1, False),
+    ("8B", "int4", 8, 1, True), ("8B", "int4", 64, 1, True), ("8B", "int8", 64, 1, False), ("0.6B", "bfloat16", 2, 5, True),
+    ("1B", "bfloat16", 64, 1, True),
+]  # fmt: skip
+#: Those that are compiled for A100, too; float8 is no type of it.
+BOTH = ("bfloat16", "int4")
+
+
+def launched(shape: str, kind: str, rows: int, tokens: int, others: bool) -> list[launches.Launch]:
+    model, table = outline(SHAPES[shape], kind), Table()
+    with launches.recorded() as found:
+        GraphStep(model, ops=kernels(table, 132)).rehearse(rows, tokens)
+        count = rows * tokens
+        for role in [roles(model)[0], roles(model)[3]] if others else []:
+            weight = role.weights[0]
+            x = torch.empty(count, weight.inner, dtype=torch.bfloat16, device="meta")
+            gain = torch.empty(weight.inner, dtype=torch.bfloat16, device="meta") if role.has_norm else None
+            for choice in candidates(weight, count, torch.bfloat16)[1:]:
+                table.chosen = {key(weight, count, role.has_norm, None): choice}
+                kernels(table, 132).product(x, weight, gain=gain)
+    return found
+
+
+def main() -> None:
+    seen = set()
+    for shape, kind, rows, tokens, others in STEPS:
+        for launch in launched(shape, kind, rows, tokens, others):
+            same = (launch.name, launch.signature, launch.constants, launch.aligned, launch.warps, launch.stages)
+            if same in seen:
+                continue
+            seen.add(same)
+            for capability in (90, 80) if kind in BOTH and shape == "8B" else (90,):
+                known = {"step": f"{shape} {kind} {rows} × {tokens}", "kernel": launch.name, "capability": capability}
+                print(json.dumps(known | vars(launches.compiled(launch, capability))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

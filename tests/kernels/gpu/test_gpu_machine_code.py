@@ -1,0 +1,55 @@
+"""What the compiler makes of the kernels, read from the machine code for Hopper and A100: no GPU is needed for that."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+#: Reads a few numbers, as many as a vocabulary has blocks.
+SMALL = {"largest_of_blocks"}
+#: Bytes of shared memory that a program may have.
+SHARED = {90: 227 * 1024, 80: 163 * 1024}
+
+
+@pytest.fixture(scope="module")
+def made() -> list[dict[str, Any]]:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_was_compiled(made: list[dict[str, Any]]) -> None:
+    from infopt.kernels.gpu.launches import KERNELS
+
+    for capability in (90, 80):
+        assert {row["kernel"] for row in made if row["capability"] == capability} == {
+            name for names in KERNELS.values() for name in names
+        }
+
+
+def test_nothing_spills(made: list[dict[str, Any]]) -> None:
+    assert not [row for row in made if row["spills"]]
+
+
+def test_weights_and_keys_are_read_16_bytes_at_a_time(made: list[dict[str, Any]]) -> None:
+    assert not [row for row in made if "16" not in row["loads"] and row["kernel"] not in SMALL]
+
+
+def test_tiles_use_tensor_cores(made: list[dict[str, Any]]) -> None:
+    for row in made:
+        if row["kernel"] in ("tiles", "attend"):
+            kinds = {name.split(".")[0] for name in row["operations"]}
+            assert kinds & {"HGMMA", "HMMA"}, row["step"]
+
+
+def test_shared_memory_fits(made: list[dict[str, Any]]) -> None:
+    assert not [row for row in made if row["shared_bytes"] > SHARED[row["capability"]]]
