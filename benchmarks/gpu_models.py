@@ -63,7 +63,8 @@ def transformer(shape: Shape, device: str, seed: int = 0, dtype: torch.dtype = t
     config.dtype = dtype
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        made: Any = AutoModelForCausalLM
+        model = made.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for layer in model.model.layers if stray != 1 else []:
             layer.self_attn.o_proj.weight *= stray

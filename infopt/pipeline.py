@@ -207,7 +207,7 @@ def build(
 
     def open_engine(name: str | None, sampling: Sampling) -> Engine:
         drawn = Recipe(name="own", sampling=SamplingSection(temperature=sampling.temperature, candidates=sampling.candidates))
-        return engine(natively(open_model(name), drawn, device, options, progress), drawn)
+        return engine(natively(open_model(name), drawn, options, progress), drawn)
 
     context = Context(
         options.seed, device, samples, progress,
@@ -297,10 +297,10 @@ def open_arm(spec: ArmSpec, device: str, options: LoadOptions, progress: Progres
         assert not changes_weights(spec.recipe), "open an arm's artifact, not its recipe"
         plan = load_plan(spec.recipe, device, trust_remote_code=options.trust_remote_code)
         bundle = load.load(resolve(spec.model, options), plan, progress)
-    return natively(bundle, spec.recipe, device, options, progress) if spec.recipe.engine.name == NATIVE else bundle
+    return natively(bundle, spec.recipe, options, progress) if spec.recipe.engine.name == NATIVE else bundle
 
 
-def natively(bundle: Bundle, chosen: Recipe, device: str, options: LoadOptions, progress: Progress = lambda line: None) -> Bundle:
+def natively(bundle: Bundle, chosen: Recipe, options: LoadOptions, progress: Progress = lambda line: None) -> Bundle:
     """The bundle with its module replaced by what the native engine runs; as it was, with a note, where no native way fits.
 
     Raises InputError for a draft that does not go with the model, or that only the native engine could use.
@@ -308,7 +308,7 @@ def natively(bundle: Bundle, chosen: Recipe, device: str, options: LoadOptions, 
     from infopt.runtime.decoder import Unfit
 
     try:
-        opened = _opened(bundle, chosen, device, progress)
+        opened = _opened(bundle, chosen, progress)
     except (Unfit, MissingNeedError) as error:
         if chosen.speculative and chosen.speculative.draft != "prompt_lookup":
             raise InputError(f"draft {chosen.speculative.draft!r} needs the native engine: {error}") from None
@@ -321,32 +321,31 @@ def natively(bundle: Bundle, chosen: Recipe, device: str, options: LoadOptions, 
         progress(line)
     for name in chosen.speculative.models if chosen.speculative else ():
         progress(f"opening the draft {name}")
-        opened.drafts[name] = _draft(name, bundle, opened.step, chosen, device, options, progress)
+        opened.drafts[name] = _draft(name, bundle, opened.step, chosen, options, progress)
     return replace(bundle, model=opened, notes=opened.notes)
 
 
-def _opened(bundle: Bundle, chosen: Recipe, device: str, progress: Progress, beside: Any = None) -> Any:
-    """A NativeModel of the bundle's module, which it consumes, on the threads of the step `beside`. Raises Unfit,
-    MissingNeedError.
-    """
+def _opened(bundle: Bundle, chosen: Recipe, progress: Progress, beside: Any = None) -> Any:
+    """A NativeModel of the bundle's module, which it consumes; `beside`: as in Settings. Raises Unfit, MissingNeedError."""
     import torch
 
     from infopt.runtime.native_model import Settings, open_native
 
-    section, kv_dtype, room = chosen.engine, chosen.cache.dtype, memory.available(device) // 2
+    section, device, tuned = chosen.engine, str(bundle.device), cache.cache_dir() / "kernels"
     settings = Settings(
-        torch.get_num_threads(), section.weights, section.head, kv_dtype, section.way, room, beside, device, cache.cache_dir()
-    )
+        torch.get_num_threads(), section.weights, section.head, chosen.cache.dtype, section.way,
+        memory.available(device) // 2, beside, device, tuned,
+    )  # fmt: skip
     opened = open_native(bundle.model, settings, progress)
     opened.notes = (*opened.notes, *unheard(section, chosen.cache, opened.step.name))
     return opened
 
 
-def _draft(name: str, target: Bundle, step: Any, chosen: Recipe, device: str, options: LoadOptions, progress: Progress) -> Any:
+def _draft(name: str, target: Bundle, step: Any, chosen: Recipe, options: LoadOptions, progress: Progress) -> Any:
     """The native step of a model that drafts for `target`, run by `step`. Raises InputError where it knows other tokens."""
     from infopt.runtime.decoder import Unfit
 
-    ref = Path(name).expanduser()
+    ref, device = Path(name).expanduser(), str(target.device)
     if artifact.is_artifact(ref):
         found = reopen(ref, EngineSection(), device, options, progress)
     else:
@@ -358,9 +357,7 @@ def _draft(name: str, target: Bundle, step: Any, chosen: Recipe, device: str, op
             hint="speculative: {draft: prompt_lookup} needs no second model",
         )
     try:
-        return _opened(
-            found, replace(chosen, engine=chosen.engine.model_copy(update={"way": "auto"})), device, progress, step
-        ).step
+        return _opened(found, replace(chosen, engine=chosen.engine.model_copy(update={"way": "auto"})), progress, step).step
     except Unfit as error:
         hint = "speculative: {draft: prompt_lookup} needs no second model"
         raise InputError(f"speculative.draft: {name} does not run in the native engine: {error}", hint=hint) from None

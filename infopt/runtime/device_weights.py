@@ -109,6 +109,7 @@ def _layer(
     decoder: Decoder,
     turns: tuple[torch.Tensor, torch.Tensor],
     wanted: Wanted,
+    group: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Layer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from infopt.errors import InputError
 from infopt.protocols import Sampling
 from infopt.runtime.draft_length import DraftLength
 from infopt.runtime.drafts import Draft, Drafter, Wanted
-from infopt.runtime.sampling import accept, draw, generator, penalised, probabilities
+from infopt.runtime.sampling import accept, draw, draw_rows, generator, penalised, probabilities
 from infopt.runtime.steps import Output, Room, Run, Step
 
 Finish = Literal["length", "token", "text", "cancelled"]
@@ -172,8 +173,10 @@ class Loop:
         for row in rows:
             if row.sequence is None:
                 row.sequence = self.step.fork(firsts[row.answer.ask].sequence)
+        drawn = _drawn(found, [(row, row.answer.ask) for row in rows])
         for row in rows:
-            self._take(row, [self._next(row, found, row.answer.ask)], found, row.answer.ask)
+            token = drawn.get(row.index)
+            self._take(row, [self._next(row, found, row.answer.ask) if token is None else token], found, row.answer.ask)
         listen(Told(self.now() - start, [1] * len(rows), is_prefill=True), [row.answer for row in rows])
 
     def _advance(self, active: list[Row], rows: list[Row]) -> Told:
@@ -185,8 +188,11 @@ class Loop:
         found = self.step.run(runs, want_logits=any(self._needs_logits(row.ask) for row in active))
         told, position = Told(0.0, [0] * len(rows)), 0
         seen: list[tuple[int, int, int]] = []
+        places = accumulate((len(row.draft.tokens) + 1 for row in active), initial=0)
+        drawn = _drawn(found, [(row, place) for row, place in zip(active, places, strict=False) if not row.draft.tokens])
         for row in active:
-            kept, drafted = self._verified(row, found, position), len(row.draft.tokens)
+            token, drafted = drawn.get(row.index), len(row.draft.tokens)
+            kept = self._verified(row, found, position) if token is None else [token]
             self.step.cut(row.sequence, self.step.length(row.sequence) - drafted + len(kept) - 1)
             told.tokens[row.index] = self._take(row, kept, found, position)
             seen.append((row.draft.kind, drafted, len(kept) - 1))
@@ -278,3 +284,19 @@ class Loop:
 def _goes_on(row: Row) -> bool:
     """Whether a plain step will follow the next, as far as can be known."""
     return not row.draft.tokens and len(row.answer.ids) + 1 < row.ask.max_new_tokens
+
+
+def _drawn(found: Output, rows: Sequence[tuple[Row, int]]) -> dict[int, int]:
+    """The next token of each row that draws it from nothing but its logits, at a position: all rows that draw alike together."""
+    alike: dict[Sampling, list[tuple[Row, int]]] = {}
+    for row, position in rows:
+        sampling = row.ask.sampling
+        if sampling.temperature > 0 and sampling.repetition_penalty == 1:
+            alike.setdefault(sampling, []).append((row, position))
+    tokens: dict[int, int] = {}
+    for sampling, group in alike.items():
+        assert found.logits is not None
+        weights = probabilities(found.logits[[position for _, position in group]], sampling)
+        drawn = draw_rows(weights, [row.source for row, _ in group])
+        tokens |= {row.index: token for (row, _), token in zip(group, drawn, strict=True)}
+    return tokens

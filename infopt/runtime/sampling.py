@@ -27,42 +27,48 @@ def penalised(logits: torch.Tensor, seen: Sequence[int], penalty: float) -> torc
 
 
 def probabilities(logits: torch.Tensor, sampling: Sampling, seen: Sequence[int] = ()) -> torch.Tensor:
-    """What a token is drawn from: float32 [vocabulary], 0 where a filter rules a token out. `logits` [vocabulary].
+    """What a token is drawn from: float32 [..., vocabulary], 0 where a filter rules a token out. `logits` [..., vocabulary].
 
-    temperature 0 is all on the likeliest token.
+    temperature 0 is all on the likeliest token. `seen`: of a single row.
     """
     logits = penalised(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits / sampling.temperature
-    if 0 < sampling.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[..., -1:], -torch.inf)
     if sampling.top_p < 1:
         logits = _nucleus(logits, sampling.top_p)
     if sampling.min_p > 0:
         found = logits.softmax(-1)
-        logits = logits.masked_fill(found < sampling.min_p * found.max(), -torch.inf)
+        logits = logits.masked_fill(found < sampling.min_p * found.amax(-1, keepdim=True), -torch.inf)
     return logits.softmax(-1)
 
 
 def _nucleus(logits: torch.Tensor, mass: float) -> torch.Tensor:
     """The likeliest tokens that have `mass` together, at least one; the others ruled out (arXiv 1904.09751)."""
-    whole, few = logits.logsumexp(-1), min(LIKELIEST, len(logits))
-    for count in (few, len(logits)):  # sorting all takes longer than a step
+    whole, vocabulary = logits.logsumexp(-1, keepdim=True), logits.shape[-1]
+    for count in (min(LIKELIEST, vocabulary), vocabulary):  # sorting all takes longer than a step
         ordered, ids = logits.topk(count)
         found = (ordered - whole).exp()
         upto = found.cumsum(-1)
-        if count == len(logits) or upto[-1] >= mass:
+        if count == vocabulary or bool((upto[..., -1] >= mass).all()):
             break
-    kept = ids[upto - found < mass]
-    return torch.full_like(logits, -torch.inf).index_copy(0, kept, logits[kept])
+    kept = ordered.masked_fill(upto - found >= mass, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, kept)
 
 
 def draw(weights: torch.Tensor, source: torch.Generator) -> int:
     """An index, with a probability in proportion to its weight. `weights` [vocabulary], not all 0."""
+    return draw_rows(weights[None], [source])[0]
+
+
+def draw_rows(weights: torch.Tensor, sources: Sequence[torch.Generator]) -> list[int]:
+    """The same of each row of `weights` [rows, vocabulary], with a stream of its own: the host waits for the GPU once."""
     sums = weights.double().cumsum(-1)
-    threshold = torch.rand((), generator=source, dtype=torch.float64) * sums[-1]
-    return min(int(torch.searchsorted(sums, threshold, right=True)), len(weights) - 1)
+    shares = torch.stack([torch.rand((1,), generator=source, dtype=torch.float64) for source in sources])
+    found = torch.searchsorted(sums, shares.to(sums.device) * sums[:, -1:], right=True)
+    return [min(index, weights.shape[-1] - 1) for index in found[:, 0].tolist()]
 
 
 def accept(

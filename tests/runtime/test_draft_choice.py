@@ -136,7 +136,7 @@ def test_text_stays_that_of_plain_decoding(opened: Callable[..., NativeModel], d
 def test_early_layers_share_weights_and_threads(opened: Callable[..., NativeModel]) -> None:
     step = opened().step
     early = step.first_layers(1)  # type: ignore[union-attr]
-    assert early.layers == 1
+    assert early.layer_count == 1
     assert early.read_bytes < step.read_bytes
     for count in (0, 3, 99):
         with pytest.raises(InputError, match=f"{count} early layers; allowed: 1 … 2"):
