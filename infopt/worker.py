@@ -170,7 +170,7 @@ class OpenArm:
             "shapes": asdict(self.shapes),
             "weights_bytes": model.step.read_bytes,
             "kv_element_bytes": round(model.step.kv_bytes(1) / self.shapes.kv_bytes_per_token(1)),
-            "dtype": "int8" if any(packed.scales is not None for packed in model.step.packed) else "float32",
+            "dtype": model.step.arithmetic,
         }
 
     def _held_bytes(self) -> int:

@@ -62,7 +62,7 @@ def test_layers_of_another_library_fall_to_stock_generate_with_one_line() -> Non
     spec = arms.spec("tiny", "nf4", ["engine.name=native", "engine.dtype=float32"])
     bundle = pipeline.build(pipeline.resolve("tiny", CPU), spec.recipe, "cpu", options=CPU)[0]
     lines: list[str] = []
-    found = pipeline.natively(bundle, spec.recipe, "cpu", CPU, lines.append)
+    found = pipeline.natively(bundle, spec.recipe, CPU, lines.append)
     engine = pipeline.engine(found, spec.recipe)
     assert engine.name == "transformers"
     assert len(engine.notes) == 1
@@ -81,18 +81,20 @@ def test_what_an_artifact_needs_in_stock_generate_is_done_where_the_native_engin
     assert pipeline.open_arm(made, "cpu", CPU).notes[0].startswith("native engine: whole steps, ")
     bundle = pipeline.reopen(tmp_path / "out", made.recipe.engine, "cpu", CPU)
     assert not any(isinstance(module, Int8Linear) for module in bundle.model.modules())
-    found = pipeline.natively(bundle, made.recipe, "cuda", CPU)
+    found = pipeline.natively(bundle, arms.spec(str(tmp_path / "out"), None, ["engine.weights=float8"]).recipe, CPU)
     assert any(isinstance(module, Int8Linear) for module in found.model.modules())
 
 
 def test_another_device_falls_to_stock_generate() -> None:
     spec = arms.spec("tiny", None)
     bundle = pipeline.open_arm(arms.spec("tiny", "baseline"), "cpu", CPU)
-    found = pipeline.natively(bundle, spec.recipe, "cuda", CPU)
+    bundle.model.to("meta")
+    found = pipeline.natively(bundle, spec.recipe, CPU)
     assert found.model is bundle.model
-    assert found.notes == ("stock generate of transformers; the native engine does not fit: it runs on CPUs, not on cuda",)
-    with pytest.raises(InputError, match="draft 'self' needs the native engine: it runs on CPUs"):
-        pipeline.natively(bundle, arms.spec("tiny", None, ["speculative.draft=self"]).recipe, "cuda", CPU)
+    said = "it runs on CPUs and on CUDA GPUs, not on meta"
+    assert found.notes == (f"stock generate of transformers; the native engine does not fit: {said}",)
+    with pytest.raises(InputError, match=f"draft 'self' needs the native engine: {said}"):
+        pipeline.natively(bundle, arms.spec("tiny", None, ["speculative.draft=self"]).recipe, CPU)
 
 
 @pytest.mark.parametrize("draft", ["self", "auto", "tiny-qwen2", "tiny-gemma3", "tiny-moe"])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Several
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from infopt.errors import InputError
 from infopt.kernels.gpu.attention import Where, prompt
 from infopt.kernels.gpu.choices import Table
 from infopt.kernels.gpu.ops import TWINS, Ops, kernels
+from infopt.runtime.captured import Captured, Found, Pending
 from infopt.runtime.device_pages import DevicePages
 from infopt.runtime.device_tuning import tune
 from infopt.runtime.device_weights import BEYOND, DeviceModel, Layer
@@ -32,45 +32,10 @@ assert FEW <= BEYOND
 CHUNK = 4096
 #: Rows of a graph: the first of these that has room, the rest of it being nobody's.
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-
-
-@dataclass
-class Captured:
-    """A step of `rows` sequences with `tokens` new ones each: what it reads, what it leaves, and its graph."""
-
-    ids: torch.Tensor
-    where: Where
-    tokens: torch.Tensor
-    leads: torch.Tensor
-    logits: torch.Tensor
-    graph: Any = None
-    known: list[Any] = field(default_factory=list)
-    """Page tables that `where.tables` has, row by row."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a step finds, on the host once `done`; its logits stay on the GPU."""
-
-    call: Captured
-    tokens: torch.Tensor
-    leads: torch.Tensor
-    done: Any = None
-
-    def arrived(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.done is not None:
-            self.done.synchronize()
-        return self.tokens, self.leads
-
-
-@dataclass
-class Pending:
-    """A step that was launched before it was asked for: for these sequences, at these lengths, fed with these tokens."""
-
-    found: Found
-    sequences: list[Sequence]
-    lengths: list[int]
-    fed: list[int] = field(default_factory=list)
+#: Tokens of a row in a graph, likewise: reading the weights takes as long for one more.
+TOKENS = (1, 2, 3, 5, 7, 9, 13, FEW)
+#: A graph that is there is taken for a quarter of its rows and more: making another takes as long as a hundred steps.
+LEAST = 4
 
 
 class GraphStep:
@@ -121,6 +86,11 @@ class GraphStep:
         where = torch.cuda.get_device_name(self.device) if self.is_captured else "by their twins on the CPU"
         kept = str(self.kv_dtype).removeprefix("torch.")
         return f"whole steps as CUDA graphs, {where}; weights {', '.join(kinds)}, head {head}, keys and values {kept}"
+
+    @property
+    def arithmetic(self) -> str:
+        """What products are computed in."""
+        return str(self.model.dtype).removeprefix("torch.")
 
     @property
     def weights_bytes(self) -> int:
@@ -225,10 +195,10 @@ class GraphStep:
     # Steps of few tokens
 
     def _together(self, runs: Several[Run], want_logits: bool) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        longest = max(len(run.ids) for run in runs)
+        longest = next(tokens for tokens in TOKENS if tokens >= max(len(run.ids) for run in runs))
         found = self._taken(runs) if longest == 1 and not want_logits else None
         if found is None:
-            call = self._call(next(rows for rows in ROWS if rows >= len(runs)), longest)
+            call = self._call(len(runs), longest)
             self._fill(call, runs, longest)
             self._launch(call)
             found = self._read(call)
@@ -308,12 +278,20 @@ class GraphStep:
                 call.where.tables[index, : len(table)].copy_(self._sent(table), non_blocking=True)
                 call.known[index] = table
 
+    def prepare(self, rows: int, most: int) -> None:
+        """Makes the graphs that `rows` sequences with up to `most` new tokens each will need."""
+        for tokens in TOKENS if self.is_captured else ():
+            if tokens == 1 or tokens <= most:
+                self._call(rows, tokens)
+
     def _call(self, rows: int, tokens: int) -> Captured:
-        if (rows, tokens) not in self._calls:
+        known = [each for each, width in self._calls if width == tokens and rows <= each <= LEAST * rows]
+        size = min(known) if known else next(each for each in ROWS if each >= rows)
+        if (size, tokens) not in self._calls:
             begin = time.perf_counter()
-            self._calls[rows, tokens] = self._made(rows, tokens)
+            self._calls[size, tokens] = self._made(size, tokens)
             self.capture_s += time.perf_counter() - begin
-        return self._calls[rows, tokens]
+        return self._calls[size, tokens]
 
     def _made(self, rows: int, tokens: int) -> Captured:
         def numbers(*shape: int, fill: int = 0) -> torch.Tensor:

@@ -60,6 +60,11 @@ class SwappedStep:
         return f"transformers' modules, {len(self.packed)} linear layers swapped; weights {kinds}"
 
     @property
+    def arithmetic(self) -> str:
+        """What products are computed in."""
+        return "int8" if any(packed.scales is not None for packed in self.packed) else "float32"
+
+    @property
     def weights_bytes(self) -> int:
         """Packed layers, and what stays in the model beside them."""
         return self.read_bytes + sum(int(tensor.nbytes) for tensor in self.model.parameters())

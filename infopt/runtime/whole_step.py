@@ -103,6 +103,11 @@ class WholeStep:
         return f"whole steps, {isa}, {self.threads} threads; weights {weights}, head {self.packed[-1].kind}, keys and values {kv}"
 
     @property
+    def arithmetic(self) -> str:
+        """What products are computed in."""
+        return "int8" if any(packed.scales is not None for packed in self.packed) else "float32"
+
+    @property
     def weights_bytes(self) -> int:
         """Of all packed matrices."""
         return sum(packed.nbytes for packed in self.packed)
