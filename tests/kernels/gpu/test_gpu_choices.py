@@ -1,0 +1,94 @@
+"""Which way a product takes: by what was timed, kept on disk, and never one that does not run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from infopt.kernels.gpu.choices import METHOD, Choice, Table, bucket, candidates, enough, key
+from infopt.kernels.gpu.ops import splits_of
+from infopt.kernels.gpu.weight import Weight, float8, plain
+from infopt.kernels.gpu.weight import integers as packed_integers
+from infopt.kernels.packed import rounded
+
+
+def made(kind: str) -> Weight:
+    weight = torch.randn(128, 256)
+    if kind == "float8":
+        return float8(weight)
+    return packed_integers(*rounded(weight, 4, 32), None, 4, 32) if kind == "int4" else plain(weight.bfloat16())
+
+
+class OutOfResources(Exception):  # noqa: N818 - as Triton names it
+    pass
+
+
+def test_the_fastest_that_runs_is_kept(tmp_path: Path) -> None:
+    weight, path = made("int4"), tmp_path / "of" / "gpu.json"
+    table = Table(path)
+    tried: list[Choice] = []
+
+    def seconds(choice: Choice) -> float:
+        tried.append(choice)
+        if choice.way == "vector":
+            raise OutOfResources("shared memory, Required: 300000")
+        return 1e-6 if choice.block == 64 and choice.splits == 1 else 2e-6
+
+    assert table.find(weight, 1, torch.bfloat16, True, None).way == "vector"  # nothing was timed yet
+    table.tune(weight, 1, torch.bfloat16, True, None, seconds)
+    assert tried == candidates(weight, 1, torch.bfloat16)
+    found = table.find(weight, 1, torch.bfloat16, True, None)
+    assert (found.way, found.splits) == ("tiles", 1)
+    table.save()
+    again = Table(path)
+    assert again.find(weight, 1, torch.bfloat16, True, None) == found
+    again.tune(weight, 1, torch.bfloat16, True, None, lambda choice: pytest.fail("it is known"))
+    assert again.find(weight, 1, torch.bfloat16, False, None).way == "vector"  # another product
+
+
+@pytest.mark.parametrize("content", ["", "{", json.dumps({"method": METHOD + 1, "chosen": {}}), json.dumps({"method": METHOD})])
+def test_a_broken_or_older_file_is_written_anew(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "gpu.json"
+    path.write_text(content)
+    assert Table(path).chosen == {}
+
+
+def test_an_error_of_another_kind_is_not_hidden() -> None:
+    def seconds(choice: Choice) -> float:
+        raise ValueError("a mistake")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        Table().tune(made("int4"), 1, torch.bfloat16, False, None, seconds)
+
+
+def test_candidates_are_what_the_kind_and_the_rows_allow() -> None:
+    for kind in ("bfloat16", "int4", "float8"):
+        for rows in (1, 3, 8, 64, 300):
+            found = candidates(made(kind), rows, torch.bfloat16)
+            ways = {choice.way for choice in found}
+            assert len(set(found)) == len(found) <= 9
+            assert ("vector" in ways) == (rows <= 8)
+            assert ("scaled" in ways) == (kind == "float8")
+            assert "library" in ways or (kind == "int4" and rows < 64)
+
+
+def test_rows_stand_for_those_up_to_a_power_of_two() -> None:
+    assert [bucket(rows) for rows in (1, 2, 3, 9, 64, 65, 100_000)] == [1, 2, 4, 16, 64, 128, 512]
+    weight = made("int4")
+    assert key(weight, 9, False, None) == key(weight, 16, False, None) != key(weight, 17, False, None)
+
+
+def test_positions_are_split_until_a_gpu_is_busy() -> None:
+    assert splits_of(8, 132) == 32
+    assert splits_of(64, 132) == 4
+    assert splits_of(512, 132) == 1
+
+
+def test_weights_to_go_round_are_more_than_a_cache_holds() -> None:
+    weights = [made("bfloat16")] * 40
+    assert len(enough(weights, 10 * weights[0].nbytes)) == 21
+    assert len(enough(weights[:2], 10**9)) == 2
+    assert len(enough(weights, 0)) == 3
