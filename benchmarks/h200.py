@@ -270,20 +270,12 @@ def formats(bench: Bench) -> dict[str, Any]:
 
 def bench_command(bench: Bench, out: Path) -> dict[str, Any]:
     """The command itself: which engine it picks, and its run folder."""
-    command = [
-        sys.executable,
-        "-m",
-        "infopt",
-        "bench",
-        "tiny",
-        "--device",
-        bench.device.split(":")[0],
-        "--out",
-        str(out / "results"),
-    ]
+    device, results = bench.device.split(":")[0], str(out / "results")
+    command = [sys.executable, "-m", "infopt", "bench", "tiny", "--device", device, "--results", results, "--no-quality"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     say(done.stdout[-1500:])
-    return {"exit": done.returncode, "said": [line for line in done.stdout.splitlines() if "native engine" in line][:2]}
+    told = (done.stdout + done.stderr).splitlines()
+    return {"exit": done.returncode, "said": [line for line in told if "native engine" in line][:2]}
 
 
 RUN: dict[str, Callable[[Bench], dict[str, Any]]] = {
