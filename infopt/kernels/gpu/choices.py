@@ -57,7 +57,7 @@ def candidates(weight: Weight, rows: int, dtype: torch.dtype) -> list[Choice]:
     """
     count, is_plain = bucket(rows), weight.bits is None
     each = min(count, 4 if is_plain else 2)
-    sizes = ((4, 1), (8, 1), (4, 4)) if each * 8 <= (16 if is_plain else 8) else ((4, 1), (2, 2))
+    sizes = ((4, 1), (8, 1), (4, 4)) if each == 1 else ((4, 1), (2, 2))
     vectors = [Choice("vector", block, each, warps) for block, warps in sizes] if count <= 8 else []
     tile = min(64, max(16, count))
     programs = len(weight.data) // 64 * -(-count // tile)

@@ -89,39 +89,31 @@ def _finish(y, rows, m, M, N, bias, residual, out, BN: tl.constexpr, ROWS: tl.co
 @triton.jit
 def vector_integers(x, w, scales, zeros, gain, bias, residual, out, M, N, K, units, groups, epsilon,
                     ROWS: tl.constexpr, BN: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-                    ZEROS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
-                    EVEN: tl.constexpr):  # fmt: skip
+                    ZEROS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
+                    RESIDUAL: tl.constexpr):  # fmt: skip
     """ROWS rows of x with BN rows of W a program. Four bits: fields are left with what `_field` added to them, and the sum of
     that over x is taken off once a unit, which saves an addition for every weight; at 2¹¹ + q in float32 it costs no accuracy
     that activations of 16 bits have."""
     PER: tl.constexpr = 32 // BITS
-    UNIT: tl.constexpr = 4 * PER
+    WORDS: tl.constexpr = 4 * UNITS
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    m4 = m[:, None, None, None]
-    t = tl.arange(0, 4)[None, None, None, :]
-    sums = tl.zeros([ROWS, BN, UNITS, 4], tl.float32)
-    squares = tl.zeros([ROWS, 1, UNITS, 4], tl.float32)
+    m3 = m[:, None, None]
+    sums = tl.zeros([ROWS, BN, UNITS], tl.float32)
+    squares = tl.zeros([ROWS, 1, WORDS], tl.float32)
     for first in range(0, units, UNITS):
-        u = first + tl.arange(0, UNITS)
-        u4 = u[None, None, :, None]
-        at = rows[None, :, None, None].to(tl.int64) * (units * 4) + u4 * 4 + t
-        words = tl.load(w + at) if EVEN else tl.load(w + at, mask=u4 < units, other=0)
-        part = tl.zeros([ROWS, BN, UNITS, 4], tl.float32)
-        total = tl.zeros([ROWS, 1, UNITS, 4], tl.float32)
-        taken = tl.zeros([ROWS, 1, UNITS, 4], tl.float32)
+        i = tl.arange(0, WORDS)
+        word = (first * 4 + i)[None, None, :]
+        words = tl.load(w + rows[None, :, None].to(tl.int64) * (units * 4) + word, mask=word < units * 4, other=0)
+        part = tl.zeros([ROWS, BN, WORDS], tl.float32)
+        total = tl.zeros([ROWS, 1, WORDS], tl.float32)
+        taken = tl.zeros([ROWS, 1, WORDS], tl.float32)
         for j in tl.static_range(PER):
-            k = u4 * UNIT + 4 * j + t
-            if EVEN:
-                xj = tl.load(x + m4 * K + k, mask=m4 < M, other=0).to(tl.float32)
-            else:
-                xj = tl.load(x + m4 * K + k, mask=(m4 < M) & (k < K), other=0).to(tl.float32)
+            k = (first * (4 * PER) + (i // 4) * (4 * PER) + 4 * j + i % 4)[None, None, :]
+            xj = tl.load(x + m3 * K + k, mask=(m3 < M) & (k < K), other=0).to(tl.float32)
             if NORM:
                 squares += xj * xj
-                if EVEN:
-                    xj *= tl.load(gain + k).to(tl.float32)
-                else:
-                    xj *= tl.load(gain + k, mask=k < K, other=0).to(tl.float32)
+                xj *= tl.load(gain + k, mask=k < K, other=0).to(tl.float32)
             if BITS == 4:
                 part += _field(words, j, BITS) * xj
                 taken += ((2048 >> (4 * (j % 2))) + (0 if ZEROS else 8)) * xj
@@ -129,17 +121,16 @@ def vector_integers(x, w, scales, zeros, gain, bias, residual, out, M, N, K, uni
                 part += (_field(words, j, BITS) - (((1 << 23) >> (8 * (j % 2))) + (0 if ZEROS else 128))) * xj
             if ZEROS:
                 total += xj
-        grid = rows[:, None] * groups + (u[None, :] * UNIT) // GROUP
-        scale = tl.load(scales + grid) if EVEN else tl.load(scales + grid, mask=u[None, :] < units, other=0)
-        if BITS == 4:
-            part -= taken
+        u = first + tl.arange(0, UNITS)[None, None, :]
+        grid = rows[None, :, None] * groups + (u * (4 * PER)) // GROUP
+        unit = tl.sum(tl.reshape(part - taken if BITS == 4 else part, [ROWS, BN, UNITS, 4]), 3)
         if ZEROS:
-            zero = tl.load(zeros + grid) if EVEN else tl.load(zeros + grid, mask=u[None, :] < units, other=0)
-            part -= zero.to(tl.float32)[None, :, :, None] * total
-        sums += part * scale.to(tl.float32)[None, :, :, None]
-    y = tl.sum(tl.sum(sums, 3), 2)
+            zero = tl.load(zeros + grid, mask=u < units, other=0)
+            unit -= zero.to(tl.float32) * tl.sum(tl.reshape(total, [ROWS, 1, UNITS, 4]), 3)
+        sums += unit * tl.load(scales + grid, mask=u < units, other=0).to(tl.float32)
+    y = tl.sum(sums, 2)
     if NORM:
-        y *= tl.rsqrt(tl.sum(tl.sum(squares, 3), 2) / K + epsilon)
+        y *= tl.rsqrt(tl.sum(squares, 2) / K + epsilon)
     _finish(y, rows, m, M, N, bias, residual, out, BN, ROWS, BIAS, ACT, RESIDUAL)
 
 
@@ -266,14 +257,14 @@ def by_vector(
     out = _room(x, weight, activation, dtype)
     around: dict[str, Any] = {
         "ROWS": rows, "BN": block, "UNITS": units, "NORM": gain is not None, "BIAS": weight.bias is not None,
-        "ACT": -1 if activation is None else activation, "RESIDUAL": residual is not None,
-        "EVEN": weight.padded_inner % (units * weight.unit) == 0 and weight.padded_inner == weight.inner, "num_warps": warps,
+        "ACT": -1 if activation is None else activation, "RESIDUAL": residual is not None, "num_warps": warps,
     }  # fmt: skip
     grid = (weight.data.shape[0] // block, -(-count // rows))
     if weight.bits is None:
         vector_floats[grid](
             x, weight.data, weight.scales, gain, weight.bias, residual, out, count, weight.rows, weight.inner,
-            weight.padded_inner, epsilon, VEC=weight.unit, SCALED=weight.scales is not None, **around,
+            weight.padded_inner, epsilon, VEC=weight.unit, SCALED=weight.scales is not None,
+            EVEN=weight.inner % (units * weight.unit) == 0, **around,
         )  # fmt: skip
     else:
         assert weight.scales is not None
