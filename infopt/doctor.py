@@ -66,6 +66,7 @@ def _machine() -> list[Finding]:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         found.append(Finding("device", "untested" if hip else "ok", f"{name}{' (ROCm)' if hip else ''}"))
+        found.append(_triton())
     elif torch.backends.mps.is_available():
         found.append(Finding("device", "untested", "Apple GPU (MPS); infopt uses the CPU", "--device cpu"))
     else:
@@ -76,6 +77,15 @@ def _machine() -> list[Finding]:
     free = shutil.disk_usage(next(p for p in (cache_dir(), *cache_dir().parents) if p.exists())).free
     found.append(Finding("cache", "ok", f"{cache_dir()}, {size(free)} free (INFOPT_CACHE moves it)"))
     return found
+
+
+def _triton() -> Finding:
+    try:
+        return Finding("triton", "ok", f"{metadata.version('triton')}: the native engine's kernels on GPUs")
+    except metadata.PackageNotFoundError:
+        return Finding(
+            "triton", "missing", "the native engine's kernels on GPUs need it", f"{sys.executable} -m pip install triton"
+        )
 
 
 def _libraries() -> list[Finding]:

@@ -82,7 +82,8 @@ class SamplingSection(Section):
 
 
 class Cache(Section):
-    """`dtype`: of keys and values in the native engine, auto being float16; elsewhere they are in the model's."""
+    """`dtype`: of keys and values in the native engine, auto being float16 on a CPU and the model's on a GPU; elsewhere they are in
+    the model's."""
 
     kind: Literal["dynamic", "static"] = "dynamic"
     dtype: Literal["auto", "float32", "float16"] = "auto"
@@ -91,8 +92,9 @@ class Cache(Section):
 
 class EngineSection(Section):
     """`weights` and `head` are the native engine's: what it turns floating-point weights into as it opens a model. Integers have
-    groups of 32 inputs; auto keeps the type that they have, and makes the head int8 where other weights are integers. `way`:
-    whole steps in one call, transformers' modules with swapped linear layers, or the first of these that fits."""
+    groups of 32 inputs, float8 a scale a row (GPUs alone); auto keeps the type that they have, but makes the head int8 on a CPU
+    where other weights are integers. `way`: whole steps in one call, transformers' modules with swapped linear layers (CPUs
+    alone), or the first of these that fits."""
 
     name: str = "native"
     weights: Packed = "auto"
