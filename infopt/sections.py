@@ -82,8 +82,8 @@ class SamplingSection(Section):
 
 
 class Cache(Section):
-    """`dtype`: of keys and values in the native engine, auto being float16 on a CPU and the model's on a GPU; elsewhere they are in
-    the model's."""
+    """`dtype`: of keys and values in the native engine, auto being float16 on a CPU and the model's on a GPU; elsewhere they are
+    in the model's."""
 
     kind: Literal["dynamic", "static"] = "dynamic"
     dtype: Literal["auto", "float32", "float16"] = "auto"

@@ -154,8 +154,6 @@ class GraphStep:
     def _prompt(self, run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         table, length = run.sequence.table.to(self.device), run.sequence.length
         ids = torch.tensor(run.ids, device=self.device)
-        if self.is_captured:
-            self._tune(min(CHUNK, len(ids)))
         kept = []
         for start in range(0, len(ids), CHUNK):
             part = ids[start : start + CHUNK]
@@ -305,7 +303,7 @@ class GraphStep:
             torch.empty(0), known=[None] * rows,
         )  # fmt: skip
         if self.is_captured:
-            self._tune(count)
+            tune(self.model, count, self.table)
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -315,9 +313,6 @@ class GraphStep:
             with torch.cuda.graph(call.graph, pool=self._memory):
                 self._compute(call, tokens)
         return call
-
-    def _tune(self, rows: int) -> None:
-        tune(self.model, rows, self.table)
 
     def _compute(self, call: Captured, tokens: int) -> None:
         x = self._layers(call.ids, lambda qkv, layer, cache: self.ops.attention(qkv, cache, call.where, layer.heads))
