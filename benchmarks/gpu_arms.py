@@ -6,6 +6,8 @@ import copy
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +15,7 @@ from gpu_models import GROUP, Shape
 
 from infopt.engines.transformers import TransformersEngine
 from infopt.kernels.gpu.choices import Table
+from infopt.model.bundle import Bundle
 from infopt.protocols import Request
 from infopt.runtime.device_weights import packed
 from infopt.runtime.drafts import Draft, Drafter, Wanted
@@ -27,16 +30,20 @@ OTHERS = ("torchao int4", "torchao int8", "torchao float8", "bitsandbytes nf4", 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds until each row's first token, and from there to the last; tokens of the first row; tokens a step of it brought."""
+    """Seconds until each row's first token, from there to the last, and of a step in the middle; tokens of the first row; tokens
+    a step of it brought."""
 
     prefill_s: float
     decode_s: float
+    step_s: float
     ids: tuple[int, ...]
     tokens_per_step: float
 
 
 class Arm(Protocol):
     name: str
+    kind: str | None
+    """Of the native engine's weights; None for others, whose launches nobody counts."""
     weights_bytes: int
     """What a step of one token reads."""
 
@@ -46,27 +53,34 @@ class Arm(Protocol):
 class NativeArm:
     """`drafter`: what proposes tokens; `length`: of its drafts."""
 
-    def __init__(self, name: str, step: GraphStep, drafter: Drafter | None = None, length: Any = None) -> None:
-        self.name, self.step, self.weights_bytes = name, step, step.read_bytes
+    def __init__(
+        self, name: str, step: GraphStep, kind: str | None = None, drafter: Drafter | None = None, length: Any = None
+    ) -> None:
+        self.name, self.step, self.kind, self.weights_bytes = name, step, kind, step.read_bytes
         self.loop = Loop(step, drafter, length)
 
     def run(self, prompts: Sequence[Sequence[int]], new: int) -> Timed:
-        self.step.prepare(len(prompts), 1 if self.loop.drafter is None else self.loop.length.most + 1)
         told: list[Told] = []
         answers = self.loop.run([Ask(tuple(ids), new) for ids in prompts], lambda each, _: told.append(each))
-        first, last = told[0].seconds, told[-1].seconds
         steps = sum(each.tokens[0] > 0 for each in told[1:])
-        return Timed(first, last - first, tuple(answers[0].ids), (len(answers[0].ids) - 1) / max(1, steps))
+        return _timed([each.seconds for each in told], answers[0].ids, (len(answers[0].ids) - 1) / max(1, steps))
+
+
+def _timed(emission_s: Sequence[float], ids: Sequence[int], tokens_per_step: float = 1.0) -> Timed:
+    gaps = [later - earlier for earlier, later in pairwise(emission_s)]
+    first, last = emission_s[0], emission_s[-1]
+    return Timed(first, last - first, median(gaps) if gaps else 0.0, tuple(ids), tokens_per_step)
 
 
 class StockArm:
     """A transformers module behind its own `generate`."""
 
     def __init__(self, name: str, model: Any, is_compiled: bool) -> None:
-        self.name = name
-        parts = [*model.parameters(), *model.buffers()]
+        self.name, self.model = name, model
+        self.kind: str | None = None
         gathered = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes
-        self.weights_bytes = sum(int(part.nbytes) for part in parts) - gathered
+        nobody: Any = None
+        self.weights_bytes = Bundle(model, nobody, name).resident_bytes() + _scales_bytes(model) - gathered
         self.engine = TransformersEngine(
             model, pad_token_id=0, cache="static" if is_compiled else "dynamic", compile="auto" if is_compiled else "never"
         )
@@ -74,8 +88,13 @@ class StockArm:
     def run(self, prompts: Sequence[Sequence[int]], new: int) -> Timed:
         requests = [Request(str(index), tuple(ids), new) for index, ids in enumerate(prompts)]
         trace = self.engine.generate(requests)
-        first, last = trace.emission_s[0], trace.emission_s[-1]
-        return Timed(first, last - first, trace.output_ids[0], 1.0)
+        return _timed(trace.emission_s, trace.output_ids[0])
+
+
+def _scales_bytes(model: Any) -> int:
+    """What bitsandbytes keeps beside its 4-bit weights."""
+    states = (getattr(getattr(module, "weight", None), "quant_state", None) for module in model.modules())
+    return sum(int(state.absmax.nbytes) for state in states if state is not None)
 
 
 class Oracle:
@@ -97,7 +116,7 @@ class Oracle:
         found = []
         for each in wanted:
             ids = list(each.ids)
-            text = next(text for text in self.texts if text[: len(ids)] == ids)
+            text = next((text for text in self.texts if text[: len(ids)] == ids), [])
             tokens = text[len(ids) : len(ids) + min(each.most, self.most)]
             wrong = torch.rand(len(tokens), generator=self.source) >= self.alpha
             made = [(token + 1) % self.vocabulary if bad else token for token, bad in zip(tokens, wrong.tolist(), strict=True)]
@@ -109,11 +128,9 @@ class Oracle:
 
 def native(name: str, model: Any, device: str, table: Table, shape: Shape) -> NativeArm:
     """`model` is copied: a step consumes its model."""
-    group = min(GROUP, shape.hidden)
     kind: Any = "auto" if name == "bfloat16" else name
-    return NativeArm(
-        f"native {name}", GraphStep(packed(copy.deepcopy(model), device=device, weights=kind, group=group), table=table)
-    )
+    made = packed(copy.deepcopy(model), device=device, weights=kind, group=min(GROUP, shape.hidden))
+    return NativeArm(f"native {name}", GraphStep(made, table=table), name)
 
 
 def others(name: str, model: Any) -> StockArm:
@@ -143,10 +160,10 @@ def _bitsandbytes(model: Any, kind: str) -> None:
             continue
         weight, size = module.weight.data, (module.in_features, module.out_features)
         if kind == "nf4":
-            made = layers.Linear4bit(*size, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
+            made = layers.Linear4bit(*size, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
             made.weight = layers.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
         else:
-            made = layers.Linear8bitLt(*size, bias=False, has_fp16_weights=False)
+            made = layers.Linear8bitLt(*size, bias=False, has_fp16_weights=False, device="meta")
             made.weight = layers.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
         model.model.set_submodule(name, made.to(weight.device))
 
@@ -156,3 +173,15 @@ def freed() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def agreement(model: Any, prompt: Sequence[int], text: Sequence[int]) -> dict[str, float]:
+    """How much of a text a transformers model would have said at each place, told what came before, and by how much (in logits)
+    its own word led where it would not: weights are random, so that words are at times as likely as one another."""
+    ids = torch.tensor([[*prompt, *text]], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    said = torch.tensor(list(text), device=model.device)
+    best = logits.max(-1)
+    leads = (best.values - logits.gather(1, said[:, None])[:, 0])[best.indices != said]
+    return {"share": float((best.indices == said).float().mean()), "largest_lead": float(leads.max()) if len(leads) else 0.0}

@@ -49,8 +49,8 @@ SHAPES = {
 GROUP = 128
 
 
-def transformer(shape: Shape, device: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16, stray: float = 1.0) -> Any:
-    """A transformers model. `stray`: what each layer adds is multiplied by it; near 0 a token alone decides the next."""
+def transformer(shape: Shape, device: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A transformers model."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
     kind = Qwen3Config if shape.has_head_norms else LlamaConfig
@@ -65,10 +65,18 @@ def transformer(shape: Shape, device: str, seed: int = 0, dtype: torch.dtype = t
     with torch.device(device):
         made: Any = AutoModelForCausalLM
         model = made.from_config(config, dtype=dtype).eval()
-    with torch.no_grad():
-        for layer in model.model.layers if stray != 1 else []:
-            layer.self_attn.o_proj.weight *= stray
-            layer.mlp.down_proj.weight *= stray
+    return model
+
+
+@torch.no_grad()
+def counting(shape: Shape, device: str) -> Any:
+    """The same, but each token is followed by the one after it: layers add next to nothing to a token's embedding, and the head's
+    row of a token is the embedding of the one before. `shape` has a head of its own."""
+    model = transformer(shape, device)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight *= 1e-5
+        layer.mlp.down_proj.weight *= 1e-5
+    model.lm_head.weight.copy_(model.model.embed_tokens.weight.roll(1, 0))
     return model
 
 

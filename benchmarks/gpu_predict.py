@@ -112,13 +112,13 @@ def _seconds(run: Callable[[], Any], device: str, repeats: int = 10) -> float:
     return best
 
 
-def predict(shape: Shape, arm: str, weights_bytes: float, rows: int, context: float, ceilings: Ceilings) -> Prediction:
-    """A step of `rows` at `context` tokens, keys and values in bfloat16. `arm`: "native KIND" launches what that kind does."""
+def predict(shape: Shape, kind: str | None, weights_bytes: float, rows: int, context: float, ceilings: Ceilings) -> Prediction:
+    """A step of `rows` at `context` tokens, keys and values in bfloat16. `kind`: of the native engine's weights, whose launches
+    count; None: of another engine, whose do not."""
     kv = rows * context * 2 * shape.layers * shape.kv_heads * shape.head_dim * 2
     flops = rows * (2 * (shape.linear + shape.head) + 4 * shape.layers * shape.heads * shape.head_dim * context)
     memory, compute = (weights_bytes + kv) / ceilings.read, flops / ceilings.bfloat16
-    limit, library, kind = max(memory, compute), *arm.partition(" ")[::2]
-    count = launched(shape, kind, rows) if library == "native" else None
+    limit, count = max(memory, compute), launched(shape, kind, rows) if kind else None
     beside = (count or 0) * ceilings.launch_s
     expected = max(memory / REACHED, compute / REACHED) + beside
     bound = "launches" if beside > expected / 3 else "memory" if memory >= compute else "compute"
@@ -145,7 +145,7 @@ def prediction_table(ceilings: Ceilings = H200) -> str:
         for kind in ("bfloat16", "int8", "int4") if name != "tiny" else ():
             read = outline(shape, kind).read_bytes
             for rows in (1, 8, 64):
-                found = predict(shape, f"native {kind}", read, rows, 640 if rows == 1 else 1088, ceilings)
+                found = predict(shape, kind, read, rows, 640 if rows == 1 else 1088, ceilings)
                 rates = f"{found.limit:.0f} | {found.expected:.0f} | {found.expected / found.limit:.0%}"
                 lines.append(f"| {name} | {kind} | {rows} | {read / 1e9:.2f} | {found.launches} | {rates} |")
     return "\n".join(lines)

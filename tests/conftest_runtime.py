@@ -73,6 +73,9 @@ class DoubleStep:
     def require(self, rooms: Sequence[Room], beside: float = 0) -> float:
         return 0.0
 
+    def prepare(self, rows: int, most: int) -> None:
+        """Nothing has to be."""
+
     def cut(self, sequence: list[int], length: int) -> None:
         del sequence[length:]
 

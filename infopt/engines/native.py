@@ -83,9 +83,6 @@ class NativeEngine:
         ]  # fmt: skip
         if not self._is_chosen:
             self._choose(asks)
-        step: Any = self.model.step
-        if hasattr(step, "prepare"):
-            step.prepare(sum(ask.sampling.candidates for ask in asks), 1 + self._most if self._loop.drafter else 1)
         told: list[Told] = []
         answers = self._loop.run(asks, lambda each, _: told.append(each))
         return _trace(told, answers, drafts=self._loop.drafter is not None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from infopt.kernels.gpu.choices import Choice, Table, enough, timed
+from infopt.kernels.gpu.choices import Choice, Table, enough, key, race
 from infopt.kernels.gpu.ops import multiply
 from infopt.kernels.gpu.weight import Weight
 from infopt.runtime.device_weights import DeviceModel
@@ -36,16 +37,19 @@ def roles(model: DeviceModel) -> list[Role]:
 
 def tune(model: DeviceModel, rows: int, table: Table) -> None:
     """Finds the way of every product of `rows` rows that `table` does not know, and keeps it there. Needs a GPU."""
+    if not table.is_timed:
+        return
     device, dtype = model.outside.head.data.device, model.dtype
     cache = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or CACHE_BYTES)
     for role in roles(model):
         for weights in _alike(role.weights):
             first = weights[0]
+            if key(first, rows, dtype, role.has_norm, role.activation) in table.chosen:
+                continue
             x = torch.randn(rows, first.inner, device=device).to(dtype)
             gain = torch.ones(first.inner, device=device, dtype=dtype) if role.has_norm else None
             timing = _Timing(x, gain, enough(weights, cache), role)
-            table.tune(first, rows, dtype, role.has_norm, role.activation, timing.seconds)
-    table.save()
+            table.tune(first, rows, dtype, role.has_norm, role.activation, timing.race)
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,14 @@ class _Timing:
     weights: Sequence[Weight]
     role: Role
 
-    def seconds(self, choice: Choice) -> float:
-        def run(weight: Weight) -> torch.Tensor:
-            return multiply(
-                choice, self.x, weight, gain=self.gain, epsilon=1e-5, activation=self.role.activation, residual=None,
-                dtype=self.role.dtype or self.x.dtype,
-            )  # fmt: skip
+    def race(self, choices: Sequence[Choice]) -> dict[Choice, float]:
+        return race({choice: partial(self.run, choice) for choice in choices}, self.weights)
 
-        return timed(run, self.weights)
+    def run(self, choice: Choice, weight: Weight) -> torch.Tensor:
+        return multiply(
+            choice, self.x, weight, gain=self.gain, epsilon=1e-5, activation=self.role.activation, residual=None,
+            dtype=self.role.dtype or self.x.dtype,
+        )  # fmt: skip
 
 
 def _alike(weights: Sequence[Weight]) -> list[list[Weight]]:

@@ -50,9 +50,9 @@ class GraphStep:
         ops: Ops | None = None,
     ) -> None:  # fmt: skip
         self.model, self.device = model, model.outside.head.data.device
-        self.is_captured = self.goes_ahead = self.device.type == "cuda"
+        self.is_captured = self.goes_ahead = self.device.type == "cuda" and ops is not TWINS
         self.vocabulary, self.context = model.outside.head.rows, model.context
-        self.table = table or Table()
+        self.table = table or Table(is_timed=False)
         self.ops = ops or (kernels(self.table, _multiprocessors(self.device)) if self.is_captured else TWINS)
         self.budget = budget or Budget()
         self.kv_dtype = model.dtype if kv == "auto" else getattr(torch, kv)
@@ -63,7 +63,7 @@ class GraphStep:
         self.capture_s = 0.0
         self._calls: dict[tuple[int, int], Captured] = {}
         self._pending: Pending | None = None
-        self._memory = torch.cuda.graph_pool_handle() if self.is_captured else None
+        self._forget()
 
     def first_layers(self, count: int) -> GraphStep:
         """The same model without its later layers: it shares weights and budget, and keeps keys and values of its own.
@@ -141,7 +141,8 @@ class GraphStep:
             made = self._together([runs[index] for index in chosen], want_logits)
             for index, part in zip(chosen, made, strict=True):
                 parts[index] = part
-        tokens, leads = (torch.cat([part[side] for part in parts]).tolist() for side in (0, 1))
+        tokens = [token for part in parts for token in part[0].tolist()]
+        leads = [lead for part in parts for lead in part[1].tolist()]
         if any(lead != lead for lead in leads):
             self._refuse_nan(runs)
         for run in runs:
@@ -278,9 +279,10 @@ class GraphStep:
 
     def prepare(self, rows: int, most: int) -> None:
         """Makes the graphs that `rows` sequences with up to `most` new tokens each will need."""
+        widest = next(tokens for tokens in TOKENS if tokens >= min(most, FEW))
         for tokens in TOKENS if self.is_captured else ():
-            if tokens == 1 or tokens <= most:
-                self._call(rows, tokens)
+            if tokens <= widest:
+                self._call(min(rows, ROWS[-1]), tokens)
 
     def _call(self, rows: int, tokens: int) -> Captured:
         known = [each for each, width in self._calls if width == tokens and rows <= each <= LEAST * rows]
@@ -337,6 +339,8 @@ class GraphStep:
     def _forget(self) -> None:
         self._calls.clear()
         self._pending = None
+        # A pool that no graph uses any more takes no new ones.
+        self._memory = torch.cuda.graph_pool_handle() if self.is_captured else None
 
     # What is not finite
 

@@ -109,6 +109,7 @@ class Loop:
         """
         self.check(asks)
         start = self.now()
+        self.step.prepare(sum(ask.sampling.candidates for ask in asks), 1 + (self.length.most if self.drafter else 0))
         rows: list[Row] = []
         try:
             if is_cancelled():

@@ -63,6 +63,10 @@ class Step(Protocol):
         """
         ...
 
+    def prepare(self, rows: int, most: int) -> None:
+        """Makes ready what steps of `rows` sequences with up to `most` new tokens each will need, so that none of them waits."""
+        ...
+
     def run(self, runs: Sequence[Run], want_logits: bool = True) -> Output:
         """Raises InputError where a logit is not finite, naming the layer."""
         ...

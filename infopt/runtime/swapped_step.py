@@ -90,6 +90,9 @@ class SwappedStep:
         self.budget.require(needed + max((self.kv_bytes(room.tokens) for room in rooms), default=0), rooms, beside)
         return needed
 
+    def prepare(self, rows: int, most: int) -> None:
+        """Nothing has to be."""
+
     def cut(self, sequence: Cached, length: int) -> None:
         if length < sequence.length:
             sequence.cache.crop(length - sequence.length)

@@ -132,6 +132,9 @@ class WholeStep:
     def require(self, rooms: Several[Room], beside: float = 0) -> float:
         return self.pages.require(rooms, beside)
 
+    def prepare(self, rows: int, most: int) -> None:
+        """Nothing has to be."""
+
     def cut(self, sequence: Sequence, length: int) -> None:
         self.pages.cut(sequence, length)
 

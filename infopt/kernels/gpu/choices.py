@@ -21,6 +21,8 @@ Way = Literal["vector", "tiles", "library", "scaled"]
 MOST_ROWS = 512
 #: Of tiles, that keep a large GPU's multiprocessors loading: two or three each.
 PROGRAMS = 300
+#: Of each candidate when they are timed, after a first one.
+TURNS = 7
 #: Counts up when kernels change, so that older timings are not believed.
 METHOD = 1
 
@@ -44,9 +46,11 @@ def bucket(rows: int) -> int:
     return min(MOST_ROWS, 1 << (rows - 1).bit_length())
 
 
-def key(weight: Weight, rows: int, has_norm: bool, activation: int | None) -> str:
+def key(weight: Weight, rows: int, dtype: torch.dtype, has_norm: bool, activation: int | None) -> str:
+    """`dtype`: of activations."""
     shape = f"{weight.kind} {weight.rows}x{weight.inner} group {weight.group} zeros {int(weight.zeros is not None)}"
-    return f"{shape} rows {bucket(rows)} norm {int(has_norm)} activation {-1 if activation is None else activation}"
+    fused = f"norm {int(has_norm)} activation {-1 if activation is None else activation}"
+    return f"{shape} rows {bucket(rows)} {str(dtype).removeprefix('torch.')} {fused}"
 
 
 def candidates(weight: Weight, rows: int, dtype: torch.dtype) -> list[Choice]:
@@ -75,9 +79,11 @@ def candidates(weight: Weight, rows: int, dtype: torch.dtype) -> list[Choice]:
 
 @dataclass
 class Table:
-    """Choices by key, and the seconds of all that were tried. `path` None: kept in memory alone."""
+    """Choices by key, and the seconds of all that were tried here. `path` None: kept in memory alone; `is_timed` False: first
+    candidates are taken as they are."""
 
     path: Path | None = None
+    is_timed: bool = True
     chosen: dict[str, Choice] = field(default_factory=dict)
     seconds: dict[str, list[tuple[Choice, float]]] = field(default_factory=dict)
 
@@ -92,29 +98,23 @@ class Table:
             pass  # a broken file is written anew
 
     def find(self, weight: Weight, rows: int, dtype: torch.dtype, has_norm: bool, activation: int | None) -> Choice:
-        name = key(weight, rows, has_norm, activation)
+        name = key(weight, rows, dtype, has_norm, activation)
         if name not in self.chosen:
             return candidates(weight, rows, dtype)[0]
         return self.chosen[name]
 
     def tune(
         self, weight: Weight, rows: int, dtype: torch.dtype, has_norm: bool, activation: int | None,
-        seconds: Callable[[Choice], float],
+        race: Callable[[Sequence[Choice]], dict[Choice, float]],
     ) -> None:  # fmt: skip
-        """Times every candidate where none was chosen yet. One that does not run here, for want of registers or shared memory,
-        is none."""
-        name = key(weight, rows, has_norm, activation)
-        if name in self.chosen:
+        """Keeps the fastest of the candidates, where none was chosen yet. `race`: seconds of those that run."""
+        name = key(weight, rows, dtype, has_norm, activation)
+        if not self.is_timed or name in self.chosen:
             return
-        tried: list[tuple[Choice, float]] = []
-        for choice in candidates(weight, rows, dtype):
-            try:
-                tried.append((choice, seconds(choice)))
-            except Exception as error:  # Triton raises of every kind
-                if not _is_too_large(error):
-                    raise
-        self.seconds[name] = sorted(tried, key=lambda each: each[1])
+        found = race(candidates(weight, rows, dtype))
+        self.seconds[name] = sorted(found.items(), key=lambda each: each[1])
         self.chosen[name] = self.seconds[name][0][0]
+        self.save()
 
     def save(self) -> None:
         if self.path is None:
@@ -126,10 +126,6 @@ class Table:
         unfinished.replace(self.path)
 
 
-def _is_too_large(error: Exception) -> bool:
-    return type(error).__name__ in ("OutOfResources", "PTXASError", "OutOfMemoryError") or "not supported" in str(error)
-
-
 def device_table(folder: Path) -> Table:
     """That of the current GPU and this Triton."""
     import triton
@@ -139,25 +135,40 @@ def device_table(folder: Path) -> Table:
     return Table(folder / f"{name}-{properties.multi_processor_count}-triton-{triton.__version__}.json")
 
 
-def timed(run: Callable[[Weight], object], weights: Sequence[Weight], repeats: int = 3) -> float:
-    """Median seconds of one product on the GPU, going round `weights` of one shape so that no cache holds them, in a graph so
-    that launching costs what it will cost."""
-    for weight in weights[:2]:
-        run(weight)  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight in weights:
-            run(weight)
-    found = []
-    for _ in range(repeats + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(float(start.elapsed_time(end)) / 1e3 / len(weights))
-    return sorted(found[1:])[repeats // 2]
+def race(runs: dict[Choice, Callable[[Weight], object]], weights: Sequence[Weight]) -> dict[Choice, float]:
+    """Median seconds of a product by each, on the GPU, in turns: one whose clock rises while the first is timed says nothing.
+
+    Products go round `weights` of one shape, so that no cache holds them, in a graph, so that launching costs what it will. One
+    that does not run, for want of registers, shared memory or a library's support, is left out; raises what the last of them
+    raised where none does.
+    """
+    graphs: dict[Choice, torch.cuda.CUDAGraph] = {}
+    failed: Exception | None = None
+    for choice, run in runs.items():
+        try:
+            for weight in weights[:2]:
+                run(weight)  # compiles
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for weight in weights:
+                    run(weight)
+            graphs[choice] = graph
+        except Exception as error:  # Triton and the libraries raise of every kind
+            failed = error
+    if not graphs:
+        raise failed or ValueError("nothing to time")
+    found: dict[Choice, list[float]] = {choice: [] for choice in graphs}
+    for _ in range(1 + TURNS):
+        for choice, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            found[choice].append(float(start.elapsed_time(end)) / 2e3 / len(weights))
+    return {choice: sorted(times[1:])[TURNS // 2] for choice, times in found.items()}
 
 
 def enough(weights: Iterable[Weight], cache_bytes: int) -> list[Weight]:

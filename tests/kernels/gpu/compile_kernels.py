@@ -40,7 +40,7 @@ def launched(shape: str, kind: str, rows: int, tokens: int, others: bool) -> lis
             x = torch.empty(count, weight.inner, dtype=torch.bfloat16, device="meta")
             gain = torch.empty(weight.inner, dtype=torch.bfloat16, device="meta") if role.has_norm else None
             for choice in candidates(weight, count, torch.bfloat16)[1:]:
-                table.chosen = {key(weight, count, role.has_norm, None): choice}
+                table.chosen = {key(weight, count, torch.bfloat16, role.has_norm, None): choice}
                 kernels(table, 132).product(x, weight, gain=gain)
     return found
 

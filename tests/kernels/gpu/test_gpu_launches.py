@@ -45,7 +45,7 @@ def test_a_launch_knows_what_is_compiled_in() -> None:
 ])  # fmt: skip
 def test_the_roofline_leaves_room_for_the_goals(shape: str, kind: str, rows: int, goal: float) -> None:
     read = outline(SHAPES[shape], kind).read_bytes
-    found = predict(SHAPES[shape], f"native {kind}", read, rows, 640 if rows == 1 else 1088, H200)
+    found = predict(SHAPES[shape], kind, read, rows, 640 if rows == 1 else 1088, H200)
     assert goal < found.expected < found.limit
 
 
