@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from infopt.kernels.gpu.attention import Where
 from infopt.runtime.pages import Sequence
+from infopt.runtime.steps import Run
 
 
 @dataclass
@@ -48,3 +50,9 @@ class Pending:
     sequences: list[Sequence]
     lengths: list[int]
     fed: list[int] = field(default_factory=list)
+
+    def fits(self, runs: Several[Run]) -> bool:
+        """Whether it is what is asked for now."""
+        asked = [(id(run.sequence), run.sequence.length, run.ids[0]) for run in runs]
+        launched = zip(self.sequences, self.lengths, self.fed, strict=True)
+        return asked == [(id(sequence), length, token) for sequence, length, token in launched]

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from infopt.kernels.gpu.choices import Choice, Table, enough, key, race
+from infopt.kernels.gpu.choices import Choice, Table, bucket, enough, key, race
 from infopt.kernels.gpu.ops import multiply
 from infopt.kernels.gpu.weight import Weight
 from infopt.runtime.device_weights import DeviceModel
@@ -46,7 +46,7 @@ def tune(model: DeviceModel, rows: int, table: Table) -> None:
             first = weights[0]
             if key(first, rows, dtype, role.has_norm, role.activation) in table.chosen:
                 continue
-            x = torch.randn(rows, first.inner, device=device).to(dtype)
+            x = torch.randn(bucket(rows), first.inner, device=device).to(dtype)
             gain = torch.ones(first.inner, device=device, dtype=dtype) if role.has_norm else None
             timing = _Timing(x, gain, enough(weights, cache), role)
             table.tune(first, rows, dtype, role.has_norm, role.activation, timing.race)
@@ -59,7 +59,7 @@ class _Timing:
     weights: Sequence[Weight]
     role: Role
 
-    def race(self, choices: Sequence[Choice]) -> dict[Choice, float]:
+    def race(self, choices: Sequence[Choice]) -> tuple[dict[Choice, float], dict[Choice, str]]:
         return race({choice: partial(self.run, choice) for choice in choices}, self.weights)
 
     def run(self, choice: Choice, weight: Weight) -> torch.Tensor:

@@ -149,6 +149,7 @@ class ModelDraft:
     def require(self, rooms: Sequence[Room], beside: float = 0) -> None:
         # Each row is read by itself here: nothing is shared.
         self.step.require([Room(min(room.tokens, self.step.context), room.sequences) for room in rooms], beside)
+        self.step.prepare(sum(room.sequences for room in rooms), 2)  # else the first drafts would pay for it
 
     def catch_up(self, wanted: Sequence[Wanted]) -> None:
         behind = [each for each in wanted if self._most(each) > 0 and len(each.ids) - len(each.state.ids) > BEHIND]

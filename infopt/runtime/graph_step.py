@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Several
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,6 +62,8 @@ class GraphStep:
         self.pages = DevicePages(
             len(model.layers), heads.kv_heads, heads.head_dim, self.kv_dtype, self.device, self.budget, on_move=self._forget
         )
+        # One for all captures: each has a workspace of the matrix library's.
+        self._side: Any = torch.cuda.Stream(self.device) if self.is_captured else None  # type: ignore[no-untyped-call]
         self.capture_s = 0.0
         self._calls: dict[tuple[int, int], Captured] = {}
         self._pending: Pending | None = None
@@ -126,6 +130,7 @@ class GraphStep:
     @torch.inference_mode()
     def run(self, runs: Several[Run], want_logits: bool = True) -> Output:
         """Prompts go one after the other; all others together, in one graph as wide as the longest of them."""
+        ahead, self._pending = self._pending, None  # nothing else may be asked for, nor anything launched, while it stands
         for run in runs:
             total = run.sequence.length + len(run.ids)
             if total > self.context:
@@ -133,22 +138,34 @@ class GraphStep:
             self.pages.reserve(run.sequence, total)
         few = [index for index, run in enumerate(runs) if len(run.ids) <= FEW]
         parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = [(torch.empty(0),) * 3] * len(runs)
-        for index, run in enumerate(runs):
-            if len(run.ids) > FEW:
-                parts[index] = self._prompt(run)
-        for start in range(0, len(few), ROWS[-1]):
-            chosen = few[start : start + ROWS[-1]]
-            made = self._together([runs[index] for index in chosen], want_logits)
-            for index, part in zip(chosen, made, strict=True):
-                parts[index] = part
-        tokens = [token for part in parts for token in part[0].tolist()]
-        leads = [lead for part in parts for lead in part[1].tolist()]
-        if any(lead != lead for lead in leads):
-            self._refuse_nan(runs)
+        with self._device():
+            for index, run in enumerate(runs):
+                if len(run.ids) > FEW:
+                    parts[index] = self._prompt(run)
+            if len(few) == len(runs) <= ROWS[-1]:
+                parts = self._together(runs, want_logits, ahead)
+            else:
+                for start in range(0, len(few), ROWS[-1]):
+                    chosen = few[start : start + ROWS[-1]]
+                    made = self._together([replace(runs[index], goes_on=False) for index in chosen], want_logits, None)
+                    for index, (tokens, leads, logits) in zip(chosen, made, strict=True):
+                        parts[index] = tokens, leads, logits.clone()  # the next part may replay the same graph
+        return self._output(runs, parts, want_logits)
+
+    def _output(self, runs: Several[Run], parts: Several[tuple[torch.Tensor, ...]], want_logits: bool) -> Output:
+        told = [part[1].tolist() for part in parts]
+        for run, leads in zip(runs, told, strict=True):
+            if any(lead != lead for lead in leads):
+                self._refuse_nan(run)
         for run in runs:
             run.sequence.length += len(run.ids)
+        tokens = [token for part in parts for token in part[0].tolist()]
         logits = torch.cat([part[2] for part in parts]) if want_logits else None
-        return Output(tokens, leads, logits)
+        return Output(tokens, [lead for leads in told for lead in leads], logits)
+
+    def _device(self) -> AbstractContextManager[Any]:
+        """Kernels go to the current device, whatever tensors they are given."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     # Prompts
 
@@ -193,16 +210,20 @@ class GraphStep:
 
     # Steps of few tokens
 
-    def _together(self, runs: Several[Run], want_logits: bool) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _together(
+        self, runs: Several[Run], want_logits: bool, ahead: Pending | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """`ahead`: what was launched before it was asked for."""
         longest = next(tokens for tokens in TOKENS if tokens >= max(len(run.ids) for run in runs))
-        found = self._taken(runs) if longest == 1 and not want_logits else None
+        is_plain = longest == 1 and not want_logits
+        found = ahead.found if ahead is not None and is_plain and ahead.fits(runs) else None
         if found is None:
             call = self._call(len(runs), longest)
             self._fill(call, runs, longest)
             self._launch(call)
             found = self._read(call)
-        if self.goes_ahead and longest == 1 and not want_logits and all(run.goes_on for run in runs):
-            self._ahead(found.call, runs)
+        if self.goes_ahead and is_plain and all(run.goes_on for run in runs):
+            self._pending = self._ahead(found.call, runs)
         tokens, leads = found.arrived()
         if self._pending is not None:
             self._pending.fed = tokens[: len(runs)].tolist()
@@ -224,31 +245,21 @@ class GraphStep:
         done.record()
         return Found(call, tokens, leads, done)
 
-    def _taken(self, runs: Several[Run]) -> Found | None:
-        """What was launched ahead, if it is what is asked for now."""
-        ahead, self._pending = self._pending, None
-        if ahead is None or len(ahead.sequences) != len(runs):
-            return None
-        asked = [(id(run.sequence), run.sequence.length, run.ids[0]) for run in runs]
-        if asked != [(id(s), n, t) for s, n, t in zip(ahead.sequences, ahead.lengths, ahead.fed, strict=True)]:
-            return None
-        return ahead.found
-
-    def _ahead(self, call: Captured, runs: Several[Run]) -> None:
+    def _ahead(self, call: Captured, runs: Several[Run]) -> Pending | None:
         """Launches the step that follows, fed with what the last one found, which the graph has put where it reads."""
         lengths = [run.sequence.length + len(run.ids) for run in runs]
         if max(lengths) >= self.context:
-            return
+            return None
         try:
             for run, length in zip(runs, lengths, strict=True):
                 self.pages.reserve(run.sequence, length + 1)
         except InputError:
-            return  # whoever asks for that step is told
+            return None  # whoever asks for that step is told
         if self._calls.get((len(call.where.lengths), 1)) is not call:
-            return  # room was made, and nothing is where it was
+            return None  # room was made, and nothing is where it was
         self._tables(call, runs)
         self._launch(call)
-        self._pending = Pending(self._read(call), [run.sequence for run in runs], lengths)
+        return Pending(self._read(call), [run.sequence for run in runs], lengths)
 
     def _fill(self, call: Captured, runs: Several[Run], longest: int) -> None:
         rows = len(call.where.lengths)
@@ -280,13 +291,16 @@ class GraphStep:
     def prepare(self, rows: int, most: int) -> None:
         """Makes the graphs that `rows` sequences with up to `most` new tokens each will need."""
         widest = next(tokens for tokens in TOKENS if tokens >= min(most, FEW))
-        for tokens in TOKENS if self.is_captured else ():
-            if tokens <= widest:
-                self._call(min(rows, ROWS[-1]), tokens)
+        with self._device():
+            for tokens in TOKENS if self.is_captured else ():
+                if tokens <= widest:
+                    self._sized(_size(min(rows, ROWS[-1])), tokens)
 
     def _call(self, rows: int, tokens: int) -> Captured:
         known = [each for each, width in self._calls if width == tokens and rows <= each <= LEAST * rows]
-        size = min(known) if known else next(each for each in ROWS if each >= rows)
+        return self._sized(min(known) if known else _size(rows), tokens)
+
+    def _sized(self, size: int, tokens: int) -> Captured:
         if (size, tokens) not in self._calls:
             begin = time.perf_counter()
             self._calls[size, tokens] = self._made(size, tokens)
@@ -306,13 +320,12 @@ class GraphStep:
         )  # fmt: skip
         if self.is_captured:
             tune(self.model, count, self.table)
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self._side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._side):
                 self._compute(call, tokens)  # compiles the kernels, which a capture cannot
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self._side)
             call.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(call.graph, pool=self._memory):
+            with torch.cuda.graph(call.graph, pool=self._memory, stream=self._side):
                 self._compute(call, tokens)
         return call
 
@@ -344,9 +357,8 @@ class GraphStep:
 
     # What is not finite
 
-    def _refuse_nan(self, runs: Several[Run]) -> None:
-        """The first run's tokens once more, layer by layer."""
-        run = runs[0]
+    def _refuse_nan(self, run: Run) -> None:
+        """Its tokens once more, layer by layer."""
         table, length, place = run.sequence.table.to(self.device), run.sequence.length, [0]
         bad: list[int] = []
 
@@ -366,3 +378,7 @@ class GraphStep:
 
 def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _size(rows: int) -> int:
+    return next(each for each in ROWS if each >= rows)

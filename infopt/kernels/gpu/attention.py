@@ -16,6 +16,8 @@ import triton.language as tl
 
 #: Positions of a page.
 PAGE = 64
+#: Numbers of queries that a program holds.
+MOST_QUERIES = 64 * 128
 
 
 @dataclass(frozen=True)
@@ -148,13 +150,13 @@ def attend(qkv, keys, values, tables, lengths, counts, cos, sin, query_norm, key
            epsilon,
            T: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
            BT: tl.constexpr, TURNING: tl.constexpr, QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, WINDOW: tl.constexpr,
-           SPLITS: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """Program (sequence, key and value head, split). The last split has the new tokens, too."""
-    r, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+           TILES: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Program (sequence and BM of its queries, key and value head, split). The last split has the new tokens, too."""
+    r, tile, h, split = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // KV
     WIDTH: tl.constexpr = (H + 2 * KV) * D
     length, fresh_tokens = tl.load(lengths + r), tl.load(counts + r)
-    i = tl.arange(0, BM)
+    i = tile * BM + tl.arange(0, BM)
     token, d = i // G, tl.arange(0, BD)
     asks = i < T * G
     at = qkv + ((r * T + token) * WIDTH + (h * G + i % G) * D)[:, None]
@@ -188,8 +190,9 @@ def attend(qkv, keys, values, tables, lengths, counts, cos, sin, query_norm, key
         new_value = tl.load(fresh + KV * D + d[None, :], mask=stored, other=0.0).to(keys.dtype.element_ty)
         own = tl.load(tables + r * pages + (length + t) // PAGE, mask=new, other=0).to(tl.int64)
         to = ((own * KV + h) * PAGE + (length + t) % PAGE)[:, None] * D + d[None, :]
-        tl.store(keys + to, new_key, mask=stored)
-        tl.store(values + to, new_value, mask=stored)
+        if tile == 0:
+            tl.store(keys + to, new_key, mask=stored)
+            tl.store(values + to, new_value, mask=stored)
         behind = token[:, None] - t[None, :]
         seen = asks[:, None] & new[None, :] & (behind >= 0)
         if WINDOW > 0:
@@ -200,7 +203,7 @@ def attend(qkv, keys, values, tables, lengths, counts, cos, sin, query_norm, key
         found = found / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + answer, found.to(out.dtype.element_ty), mask=asks[:, None] & (d[None, :] < D))
     else:
-        row = ((r * KV + h) * SPLITS + split) * BM + i
+        row = ((r * KV + h) * SPLITS + split) * (TILES * BM) + i
         tl.store(parts + row[:, None] * BD + d[None, :], found)
         tl.store(bests + row, best)
         tl.store(totals + row, total)
@@ -208,12 +211,12 @@ def attend(qkv, keys, values, tables, lengths, counts, cos, sin, query_norm, key
 
 @triton.jit
 def gather(parts, bests, totals, out, T: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-           BM: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+           BM: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """What the splits found of one query head of one token, program (sequence, key and value head, row of the tile)."""
     r, h, i = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // KV
     d = tl.arange(0, BD)
-    row = ((r * KV + h) * SPLITS + tl.arange(0, SPLITS)) * BM + i
+    row = ((r * KV + h) * SPLITS + tl.arange(0, SPLITS)) * (TILES * BM) + i
     best = tl.load(bests + row)
     share = tl.exp2(best - tl.max(best, 0))
     total = tl.sum(share * tl.load(totals + row), 0)
@@ -226,18 +229,21 @@ def attention(qkv: torch.Tensor, cache: Paged, where: Where, heads: Heads, *, sp
     """As `twin`, with positions in `splits` parts, a power of two."""
     rows = len(where.lengths)
     tokens = len(qkv) // rows
-    wide, tile = triton.next_power_of_2(heads.head_dim), max(16, triton.next_power_of_2(tokens * heads.group))
+    wide, queries = triton.next_power_of_2(heads.head_dim), tokens * heads.group
+    tile = max(16, min(triton.next_power_of_2(queries), MOST_QUERIES // wide))
+    tiles = -(-queries // tile)
     # Registers: heads of 128 numbers that are normed, or 64 rows of them, do not fit into four warps.
-    is_large = wide * tile >= 64 * 128 or (heads.query_norm is not None and wide >= 128)
+    is_large = wide * tile >= MOST_QUERIES or (heads.query_norm is not None and wide >= 128)
     out = qkv.new_empty(len(qkv), heads.heads * heads.head_dim)
-    shape = rows, heads.kv_heads, splits, tile
+    shape = rows, heads.kv_heads, splits, tiles * tile
     parts, bests, totals = (
         (torch.empty(size, device=qkv.device) for size in ((*shape, wide), shape, shape)) if splits > 1 else (None, None, None)
     )
     sizes: dict[str, Any] = {
-        "T": tokens, "H": heads.heads, "KV": heads.kv_heads, "D": heads.head_dim, "BD": wide, "BM": tile, "SPLITS": splits
+        "T": tokens, "H": heads.heads, "KV": heads.kv_heads, "D": heads.head_dim, "BD": wide, "BM": tile,
+        "TILES": tiles, "SPLITS": splits,
     }  # fmt: skip
-    attend[(rows, heads.kv_heads, splits)](
+    attend[(rows * tiles, heads.kv_heads, splits)](
         qkv, cache.keys, cache.values, where.tables, where.lengths, where.counts, heads.cos, heads.sin, heads.query_norm,
         heads.key_norm, out, parts, bests, totals, where.tables.shape[1], heads.scale * 1.4426950408889634, heads.epsilon,
         BT=max(16, triton.next_power_of_2(tokens)), TURNING=heads.cos.shape[1], QUERY_NORM=heads.query_norm is not None,

@@ -19,6 +19,9 @@ from infopt.kernels.gpu.weight import Weight
 Way = Literal["vector", "tiles", "library", "scaled"]
 #: Rows beyond which all products are timed as for so many.
 MOST_ROWS = 512
+#: From so many rows on float8 weights are multiplied with activations rounded to float8 too; never by which is faster, since it
+#: is another result.
+SCALED_ROWS = 32
 #: Of tiles, that keep a large GPU's multiprocessors loading: two or three each.
 PROGRAMS = 300
 #: Of each candidate when they are timed, after a first one.
@@ -60,8 +63,11 @@ def candidates(weight: Weight, rows: int, dtype: torch.dtype) -> list[Choice]:
     inputs are split where rows of W alone make too few programs to keep all multiprocessors loading.
     """
     count, is_plain = bucket(rows), weight.bits is None
-    each = min(count, 4 if is_plain else 2)
-    sizes = ((4, 1), (8, 1), (4, 4)) if each == 1 else ((4, 1), (2, 2))
+    is_scaled = weight.kind == "float8" and dtype == torch.bfloat16 and weight.inner % 16 == 0
+    if is_scaled and rows >= SCALED_ROWS:
+        return [Choice("scaled")]
+    each = min(count, 4 if is_plain and weight.kind != "float8" else 2)
+    sizes = ((4, 4), (8, 4), (4, 2), (8, 2), (4, 1)) if each == 1 else ((4, 1), (2, 2))
     vectors = [Choice("vector", block, each, warps) for block, warps in sizes] if count <= 8 else []
     tile = min(64, max(16, count))
     programs = len(weight.data) // 64 * -(-count // tile)
@@ -69,23 +75,24 @@ def candidates(weight: Weight, rows: int, dtype: torch.dtype) -> list[Choice]:
     inputs = 64 if weight.data.dtype == torch.float32 else 128
     tiles = [Choice("tiles", 64, tile, 4, inputs, parts, 4) for parts in dict.fromkeys((splits, max(1, splits // 2)))]
     if count >= 64:
-        tiles += [Choice("tiles", 128, tall, 8, inputs, 1, 3) for tall in (64, 128) if tall <= count]
+        tall = min(128, count)
+        tiles += [Choice("tiles", 128, tall, 8, inputs, parts, 3) for parts in dict.fromkeys((1, splits))]
     library = [Choice("library")] if is_plain or count >= 64 else []
-    scaled = [Choice("scaled")] if weight.kind == "float8" and dtype == torch.bfloat16 and weight.inner % 16 == 0 else []
     if count > 64:
-        return [*library, *scaled, *tiles]
-    return [*vectors, *tiles, *library, *scaled] if count <= (4 if is_plain else 2) else [*tiles, *library, *scaled, *vectors]
+        return [*library, *tiles]
+    return [*vectors, *tiles, *library] if count <= (4 if is_plain else 2) else [*tiles, *library, *vectors]
 
 
 @dataclass
 class Table:
-    """Choices by key, and the seconds of all that were tried here. `path` None: kept in memory alone; `is_timed` False: first
-    candidates are taken as they are."""
+    """Choices by key; the seconds of all that were tried here, and why others did not run. `path` None: kept in memory alone;
+    `is_timed` False: first candidates are taken as they are."""
 
     path: Path | None = None
     is_timed: bool = True
     chosen: dict[str, Choice] = field(default_factory=dict)
     seconds: dict[str, list[tuple[Choice, float]]] = field(default_factory=dict)
+    failed: dict[str, list[tuple[Choice, str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -105,13 +112,15 @@ class Table:
 
     def tune(
         self, weight: Weight, rows: int, dtype: torch.dtype, has_norm: bool, activation: int | None,
-        race: Callable[[Sequence[Choice]], dict[Choice, float]],
+        race: Callable[[Sequence[Choice]], tuple[dict[Choice, float], dict[Choice, str]]],
     ) -> None:  # fmt: skip
-        """Keeps the fastest of the candidates, where none was chosen yet. `race`: seconds of those that run."""
+        """Keeps the fastest of the candidates, where none was chosen yet. `race`: seconds of those that run, and why others do
+        not."""
         name = key(weight, rows, dtype, has_norm, activation)
         if not self.is_timed or name in self.chosen:
             return
-        found = race(candidates(weight, rows, dtype))
+        found, failed = race(candidates(weight, rows, dtype))
+        self.failed |= {name: list(failed.items())} if failed else {}
         self.seconds[name] = sorted(found.items(), key=lambda each: each[1])
         self.chosen[name] = self.seconds[name][0][0]
         self.save()
@@ -135,29 +144,31 @@ def device_table(folder: Path) -> Table:
     return Table(folder / f"{name}-{properties.multi_processor_count}-triton-{triton.__version__}.json")
 
 
-def race(runs: dict[Choice, Callable[[Weight], object]], weights: Sequence[Weight]) -> dict[Choice, float]:
-    """Median seconds of a product by each, on the GPU, in turns: one whose clock rises while the first is timed says nothing.
+def race(
+    runs: dict[Choice, Callable[[Weight], object]], weights: Sequence[Weight]
+) -> tuple[dict[Choice, float], dict[Choice, str]]:
+    """Median seconds of a product by each, on the GPU, in turns: one whose clock rises while the first is timed says nothing. And
+    what those said that do not run, for want of registers, shared memory or a library's support.
 
-    Products go round `weights` of one shape, so that no cache holds them, in a graph, so that launching costs what it will. One
-    that does not run, for want of registers, shared memory or a library's support, is left out; raises what the last of them
-    raised where none does.
+    Products go round `weights` of one shape, so that no cache holds them, in a graph, so that launching costs what it will.
     """
     graphs: dict[Choice, torch.cuda.CUDAGraph] = {}
-    failed: Exception | None = None
+    failed: dict[Choice, str] = {}
     for choice, run in runs.items():
         try:
             for weight in weights[:2]:
                 run(weight)  # compiles
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for weight in weights:
-                    run(weight)
-            graphs[choice] = graph
         except Exception as error:  # Triton and the libraries raise of every kind
-            failed = error
-    if not graphs:
-        raise failed or ValueError("nothing to time")
+            if not is_too_large(error):
+                raise
+            failed[choice] = f"{type(error).__name__}: {error}"[:200]
+            continue
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for weight in weights:
+                run(weight)
+        graphs[choice] = graph
     found: dict[Choice, list[float]] = {choice: [] for choice in graphs}
     for _ in range(1 + TURNS):
         for choice, graph in graphs.items():
@@ -168,7 +179,15 @@ def race(runs: dict[Choice, Callable[[Weight], object]], weights: Sequence[Weigh
             end.record()
             end.synchronize()
             found[choice].append(float(start.elapsed_time(end)) / 2e3 / len(weights))
-    return {choice: sorted(times[1:])[TURNS // 2] for choice, times in found.items()}
+    return {choice: sorted(times[1:])[TURNS // 2] for choice, times in found.items()}, failed
+
+
+def is_too_large(error: Exception) -> bool:
+    """Whether a kernel asks for more than this GPU has, or a library has none for it: no mistake of ours."""
+    said = f"{type(error).__name__} {error}".lower()
+    return any(
+        word in said for word in ("outofresources", "out of resource", "ptxas", "out of memory", "not supported", "not_supported")
+    )
 
 
 def enough(weights: Iterable[Weight], cache_bytes: int) -> list[Weight]:

@@ -54,9 +54,10 @@ def kernels(table: Table, multiprocessors: int) -> Ops:
 
 
 def splits_of(programs: int, multiprocessors: int) -> int:
-    """Into how many parts, a power of two, positions go so that there are about two programs for every multiprocessor."""
+    """Into how many parts, a power of two, positions go: a multiprocessor holds three programs at a time, and two rounds of them
+    leave less of it idle at the end than one and a bit do."""
     splits = 1
-    while splits < 32 and programs * splits < 3 * multiprocessors // 2:
+    while splits < 32 and programs * splits < 6 * multiprocessors:
         splits *= 2
     return splits
 

@@ -12,6 +12,8 @@ SHAPES = {
     "several, normed": (6, 2, 64, 3, 64, 0, True),
     "odd head, partly turned, window": (4, 1, 48, 5, 24, 40, True),
     "a head each": (2, 2, 16, 1, 16, 10, False),
+    "more queries than a program holds": (8, 1, 128, 9, 128, 0, False),
+    "heads as wide as there are": (4, 1, 512, 5, 512, 0, True),
 }
 
 

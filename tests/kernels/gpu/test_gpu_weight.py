@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infopt.kernels.gpu import products
 from infopt.kernels.gpu.weight import FIELDS, dense, float8, integers, plain
 from infopt.kernels.packed import rounded
 
@@ -57,3 +61,35 @@ def test_float8_is_within_half_a_step_of_each_number() -> None:
     assert bool(((dense(made) - weight).abs() <= weight.abs() / 16 + largest / 448 * 2**-10).all())
     assert made.kind == "float8"
     assert torch.allclose(dense(made).abs().amax(1, keepdim=True), largest)
+
+
+def lop3(a: int, b: int, c: int, table: int) -> int:
+    """PTX's: bit by bit what `table` says of three bits."""
+    return sum((table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1) << i for i in range(32))
+
+
+def prmt(a: int, b: int, selector: int) -> int:
+    """PTX's: four bytes, each chosen from the eight of `a` and `b`."""
+    both = a | b << 32
+    return sum((both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4))
+
+
+def float32_of(bits: int) -> float:
+    return float(torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_what_instructions_make_of_a_word_is_its_fields(word: int) -> None:
+    """The kernels' assembly, which interpreters do not run, by what PTX says of it."""
+    source = inspect.getsource(products)
+    masks = re.findall(r"lop3\.b32 \$0, \$1, (0x\w+), (0x\w+), (0x\w+);", source)
+    assert len(masks) == 2
+    turned = {0: word, 1: word << 8, 2: word >> 8, 3: word << 16 | word >> 16}
+    for field, begin in enumerate(FIELDS[4]):
+        mask, exponent, table = (int(number, 16) for number in masks[field % 2])
+        found = float32_of(lop3(turned[field // 2] & 0xFFFFFFFF, mask, exponent, table))
+        assert found == (word >> begin & 15) + (2048 >> (4 * (field % 2)))
+    assert 'prmt.b32 $0, $1, 0x4B000000, $2;", "=r,r,r", [words, chosen]' in source
+    assert "tl.full(words.shape, 0x7540 + J, tl.int32)" in source
+    for field, begin in enumerate(FIELDS[8]):
+        assert float32_of(prmt(word, 0x4B000000, 0x7540 + field)) == (word >> begin & 255) + 2**23
