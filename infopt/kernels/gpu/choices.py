@@ -77,7 +77,7 @@ def candidates(weight: Weight, rows: int, dtype: torch.dtype) -> list[Choice]:
     if count >= 64:
         tall = min(128, count)
         tiles += [Choice("tiles", 128, tall, 8, inputs, parts, 3) for parts in dict.fromkeys((1, splits))]
-    library = [Choice("library")] if is_plain or count >= 64 else []
+    library = [Choice("library")]
     if count > 64:
         return [*library, *tiles]
     return [*vectors, *tiles, *library] if count <= (4 if is_plain else 2) else [*tiles, *library, *vectors]
@@ -109,6 +109,26 @@ class Table:
         if name not in self.chosen:
             return candidates(weight, rows, dtype)[0]
         return self.chosen[name]
+
+    def refuse(
+        self,
+        choice: Choice,
+        why: Exception,
+        weight: Weight,
+        rows: int,
+        dtype: torch.dtype,
+        has_norm: bool,
+        activation: int | None,
+    ) -> None:
+        """Takes the next candidate from now on, since this one does not run here. Raises `why` where none is left, or where it is
+        a mistake and no lack of room."""
+        name = key(weight, rows, dtype, has_norm, activation)
+        refused = self.failed.setdefault(name, [])
+        refused.append((choice, f"{type(why).__name__}: {why}"[:200]))
+        left = [each for each in candidates(weight, rows, dtype) if each not in [other for other, _ in refused]]
+        if not left or not is_too_large(why):
+            raise why
+        self.chosen[name] = left[0]
 
     def tune(
         self, weight: Weight, rows: int, dtype: torch.dtype, has_norm: bool, activation: int | None,

@@ -41,10 +41,22 @@ def kernels(table: Table, multiprocessors: int) -> Ops:
         x: torch.Tensor, weight: Weight, *, gain: torch.Tensor | None = None, epsilon: float = 0.0,
         activation: int | None = None, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        choice = table.find(weight, len(x), x.dtype, gain is not None, activation)
-        return multiply(
-            choice, x, weight, gain=gain, epsilon=epsilon, activation=activation, residual=residual, dtype=dtype or x.dtype
-        )
+        asked = weight, len(x), x.dtype, gain is not None, activation
+        while True:
+            choice = table.find(*asked)
+            try:
+                return multiply(
+                    choice,
+                    x,
+                    weight,
+                    gain=gain,
+                    epsilon=epsilon,
+                    activation=activation,
+                    residual=residual,
+                    dtype=dtype or x.dtype,
+                )
+            except Exception as error:  # Triton and the libraries raise of every kind
+                table.refuse(choice, error, *asked)
 
     def attend(qkv: torch.Tensor, cache: Paged, where: Where, heads: Heads) -> torch.Tensor:
         splits = splits_of(len(where.lengths) * heads.kv_heads, multiprocessors)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from infopt.kernels.gpu import ops
 from infopt.kernels.gpu.choices import METHOD, Choice, Table, bucket, candidates, enough, is_too_large, key
 from infopt.kernels.gpu.ops import splits_of
 from infopt.kernels.gpu.weight import Weight, float8, plain
@@ -66,7 +67,7 @@ def test_candidates_are_what_the_kind_and_the_rows_allow() -> None:
                 continue
             assert ("vector" in ways) == (rows <= 8)
             assert "scaled" not in ways
-            assert "library" in ways or (kind == "int4" and rows < 64)
+            assert "library" in ways
 
 
 def test_rows_stand_for_those_up_to_a_power_of_two() -> None:
@@ -94,3 +95,31 @@ def test_weights_to_go_round_are_more_than_a_cache_holds() -> None:
     assert len(enough(weights, 10 * weights[0].nbytes)) == 21
     assert len(enough(weights[:2], 10**9)) == 2
     assert len(enough(weights, 0)) == 3
+
+
+def test_a_way_that_has_no_room_here_gives_place_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller GPUs have less shared memory than what is timed on a large one takes."""
+    weight, x, table = made("int4"), torch.randn(20, 256), Table(is_timed=False)
+    tried: list[str] = []
+
+    def multiply(choice: Choice, x: torch.Tensor, weight: Weight, **named: object) -> torch.Tensor:
+        tried.append(f"{choice.way} {choice.splits}")
+        if len(tried) < 2:
+            raise RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376")
+        return x
+
+    monkeypatch.setattr(ops, "multiply", multiply)
+    product = ops.kernels(table, 8).product
+    product(x, weight)
+    product(x, weight)
+    assert len(tried) == 3
+    assert tried[0] != tried[1] == tried[2]
+    monkeypatch.setattr(ops, "multiply", lambda *given, **named: pytest.fail("no more"))
+    assert "Hardware limit" in next(iter(table.failed.values()))[0][1]
+
+    def broken(*given: object, **named: object) -> torch.Tensor:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(ops, "multiply", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        product(x, weight)
