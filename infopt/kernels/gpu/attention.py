@@ -161,8 +161,7 @@ def attend(qkv, keys, values, tables, lengths, counts, cos, sin, query_norm, key
     asks = i < T * G
     at = qkv + ((r * T + token) * WIDTH + (h * G + i % G) * D)[:, None]
     query = _turned(at, cos, sin, query_norm, length + token, asks, D, BD, TURNING, QUERY_NORM, epsilon).to(keys.dtype.element_ty)
-    best = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
+    best, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     found = tl.zeros([BM, BD], tl.float32)
     first = 0
     if WINDOW > 0:
