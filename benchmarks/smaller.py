@@ -11,7 +11,7 @@ narrow   a task for half of the bytes (`benchmarks/narrow_tasks.py` writes the r
 
 Every arm is made by `infopt optimize`, or taken from the cache, and judged on the same windows of the bundled evaluation text;
 intervals resample windows, all arms together. Speeds are of the native engine in int8, arms taking turns. What FOLDER holds of
-other parts is kept.
+other parts, and of other tasks, is kept.
 """
 
 from __future__ import annotations
@@ -226,41 +226,41 @@ def draft(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def narrow(bench: Bench, folder: Path) -> dict[str, Any]:
-    """For each task in `folder`: a teacher, and students of half of the blocks: one whose teacher answers, and two that learn
-    from the rows of a careless one, sifted and not."""
+def narrow(bench: Bench, task: Path) -> dict[str, Any]:
+    """A teacher, and students of half of the blocks: one whose teacher answers, and two that learn from the rows of a careless
+    one, sifted and not. A task without prompts to answer has a teacher alone."""
+    items = choices.read_choices(task / "test.jsonl")
+    step = recipe.load("finetune", techniques.find).steps[0].as_dict()["distil"]
+    teacher = bench.made(own(f"finetune, {task.name}", {"distil": step | {"data": str(task / "train.jsonl")}}))
+    folders = {"teacher": teacher} | students(bench, task, teacher)
+    scores = {name: scored(bench, folder, items) for name, folder in folders.items()}
+    floor = tasks.majority(items)
+    arms: dict[str, Any] = {}
+    for name, each in scores.items():
+        result = tasks.compare_scores(scores["teacher"], each, majority=floor)
+        figures = {key: value.model_dump() for key, value in result.figures().items()}
+        arms[name] = figures | {"weights_bytes": checkpoint.tensor_bytes(folders[name])}
+        print(f"\r{task.name} {name:<22} accuracy {result.accuracy.estimate:.3f}  retention {result.retention}")
+    lost = tasks.compare_scores(scores["noised rows, sifted"], scores["noised rows"]) if "noised rows" in scores else None
+    unsifted = {key: value.model_dump() for key, value in lost.figures().items()} if lost else None
+    return {"items": len(items), "majority": floor, "arms": arms, "noised over sifted": unsifted}
+
+
+def students(bench: Bench, task: Path, teacher: Path) -> dict[str, Path]:
+    """One for each way to learn that the task's folder has rows for."""
+    student = recipe.load("distil_classify", techniques.find)
+    *before, last = (each.as_dict() for each in student.steps)
+    section = student.calibration.model_dump() if student.calibration else None
+    rows = {"answers": "rows", "samples": 1, "answer_temperature": 0.0, "answer_tokens": 128, "logits": 0.0}
     found = {}
-    for task in sorted(path for path in folder.iterdir() if path.is_dir()):
-        items = choices.read_choices(task / "test.jsonl")
-        step = recipe.load("finetune", techniques.find).steps[0].as_dict()["distil"]
-        teacher = bench.made(own(f"finetune, {task.name}", {"distil": step | {"data": str(task / "train.jsonl")}}))
-        scores, folders = {"teacher": scored(bench, teacher, items)}, {"teacher": teacher}
-        if (task / "answered.jsonl").is_file():
-            student = recipe.load("distil_classify", techniques.find)
-            *before, last = (each.as_dict() for each in student.steps)
-            rows = {"answers": "rows", "samples": 1, "answer_temperature": 0.0, "answer_tokens": 128, "logits": 0.0}
-            for name, data, changes in (
-                ("student", "answered", {}),
-                ("noised rows, sifted", "noised", rows),
-                ("noised rows", "noised", rows | {"filter": False}),
-            ):
-                if not (task / f"{data}.jsonl").is_file():
-                    continue
-                options = last["distil"] | {"teacher": str(teacher), "data": str(task / f"{data}.jsonl")} | changes
-                section = student.calibration.model_dump() if student.calibration else None
-                made = own(f"{name}, {task.name}", *before, {"distil": options}, calibration=section)
-                folders[name] = bench.made(made)
-                scores[name] = scored(bench, folders[name], items)
-        floor = tasks.majority(items)
-        arms: dict[str, Any] = {}
-        for name, each in scores.items():
-            result = tasks.compare_scores(scores["teacher"], each, majority=floor)
-            figures = {key: value.model_dump() for key, value in result.figures().items()}
-            arms[name] = figures | {"weights_bytes": checkpoint.tensor_bytes(folders[name])}
-            print(f"\r{task.name} {name:<22} accuracy {result.accuracy.estimate:.3f}  retention {result.retention}")
-        lost = tasks.compare_scores(scores["noised rows, sifted"], scores["noised rows"]) if "noised rows" in scores else None
-        unsifted = {key: value.model_dump() for key, value in lost.figures().items()} if lost else None
-        found[task.name] = {"items": len(items), "majority": floor, "arms": arms, "noised over sifted": unsifted}
+    for name, data, changes in (
+        ("student", "answered", {}),
+        ("noised rows, sifted", "noised", rows),
+        ("noised rows", "noised", rows | {"filter": False}),
+    ):
+        if (task / f"{data}.jsonl").is_file():
+            options = last["distil"] | {"teacher": str(teacher), "data": str(task / f"{data}.jsonl")} | changes
+            found[name] = bench.made(own(f"{name}, {task.name}", *before, {"distil": options}, calibration=section))
     return found
 
 
@@ -350,11 +350,21 @@ def main() -> None:
     document = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
     document |= {"schema_version": 1, "model": asked.model, "infopt": __version__, "versions": host.versions()}
     for part in asked.part:
-        document[part] = narrow(bench, asked.tasks) if part == "narrow" else PARTS[part](bench)
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            path.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
+        if part == "narrow":
+            for task in sorted(each for each in asked.tasks.iterdir() if each.is_dir()):
+                document["narrow"] = document.get("narrow", {}) | {task.name: narrow(bench, task)}
+                write(document, path)
+        else:
+            document[part] = PARTS[part](bench)
+            write(document, path)
+
+
+def write(document: dict[str, Any], path: Path | None) -> None:
+    """Both files, after every part and task: what took hours is kept if the next one fails."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
 
 
 if __name__ == "__main__":
