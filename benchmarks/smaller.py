@@ -40,7 +40,7 @@ from infopt.sections import EngineSection, Speculative
 from infopt.settings import LoadOptions
 
 OPTIONS = LoadOptions(device="cpu", allow_leakage=True)
-TOKENS, WINDOWS, DRAWS, ROUNDS = 512, 16, 10_000, 5
+TOKENS, WINDOWS, DRAWS, ROUNDS = 512, 16, 10_000, 25
 RANDOM_DRAWS = 5
 #: The blocks that `greedy` takes out of the demo model, so that arms which differ in training do not choose again.
 GONE = [17, 16, 18, 14, 15, 13]
