@@ -19,6 +19,7 @@ from infopt.errors import InputError
 from infopt.model.atomic import writing
 from infopt.protocols import Context, Request, Sampling
 from infopt.result import write_atomic
+from infopt.settings import portable
 
 if TYPE_CHECKING:
     from infopt.model.bundle import Bundle
@@ -85,26 +86,30 @@ class Gathered:
 
     def summary(self) -> dict[str, Any]:
         return {
-            "source": self.source,
+            "source": portable(self.source),
             "rows": self.rows,
             "examples": len(self.train),
             "tokens": sum(self.examples[index].positions for index in self.train),
             "validation_examples": len(self.validation),
             "thrown_away": {
-                reason: {"rows": len(found), "shown": [{"row": where, "said": text} for where, text in found[:SHOWN]]}
+                reason: {"rows": len(found), "shown": [{"row": self._place(at), "said": text} for at, text in found[:SHOWN]]}
                 for reason, found in sorted(self.thrown.items())
             },
         }
+
+    def _place(self, row: str) -> str:
+        """Without folders of this machine, since artifacts travel."""
+        return row.replace(self.source, portable(self.source))
 
     def described(self) -> str:
         """The same for people, in Markdown."""
         found = self.summary()
         learned = f"{found['examples']} examples ({found['tokens']} tokens), {found['validation_examples']} more validate"
-        lines = [f"Learned from `{self.source}`, {self.rows} rows: {learned}.", ""]
+        lines = [f"Learned from `{found['source']}`, {self.rows} rows: {learned}.", ""]
         if self.thrown:
             lines += ["| thrown away | rows | one of them |", "|---|---:|---|"]
             lines += [
-                f"| {reason} | {len(rows)} | {rows[0][0]}: {rows[0][1].replace('|', chr(92) + '|')} |"
+                f"| {reason} | {len(rows)} | {self._place(rows[0][0])}: {rows[0][1].replace('|', chr(92) + '|')} |"
                 for reason, rows in sorted(self.thrown.items())
             ]
         return "\n".join([*lines, ""])
