@@ -134,6 +134,8 @@ def _graph_step(model: Any, settings: Settings, progress: Progress) -> GraphStep
         from infopt.runtime.graph_step import GraphStep
     except ImportError as error:
         raise Unfit(f"its GPU kernels need Triton, which every CUDA build of torch brings: {error}") from None
+    if "float8" in (settings.weights, settings.head) and torch.cuda.get_device_capability(settings.device) < (8, 9):
+        raise Unfit("this GPU has no float8")
     progress("checking the GPU kernels on a small model of this class")
     device = settings.device
     architecture.check(model, lambda small: GraphStep(packed(small, device=device)))
