@@ -18,6 +18,7 @@ from infopt.kernels.gpu import launches
 from infopt.kernels.gpu.choices import Table
 from infopt.kernels.gpu.ops import kernels
 from infopt.kernels.gpu.weight import FLOAT8
+from infopt.measure.peaks import measure_machine
 from infopt.runtime.device_weights import DeviceModel
 from infopt.runtime.graph_step import GraphStep
 
@@ -63,21 +64,17 @@ class Prediction:
 
 def measured_ceilings(device: str) -> Ceilings:
     """Within seconds, on random data: products of zeros are faster."""
+    machine = measure_machine(device, ("bfloat16",))
+    read, wide = machine.read_bytes_per_s, machine.flops["bfloat16"]
+    assert read is not None
     if not device.startswith("cuda"):
-        left = torch.randn(512, 512)
-        rate = 2 * 512**3 / _seconds(lambda: left @ left, device)
-        source = torch.ones(1 << 24)
-        read = source.nbytes / _seconds(source.sum, device)
-        return Ceilings(read, read, rate, None, 1e-5, 2)
+        return Ceilings(read, read, wide, None, 1e-5, 2)
     source = torch.randint(0, 1 << 30, (BUFFER // 4,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     left, right = (torch.randn(MATRIX, MATRIX, device=device).bfloat16() for _ in range(2))
-    flops = 2 * MATRIX**3
-    read = source.nbytes / _seconds(source.max, device)
     copy = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
-    wide = flops / _seconds(lambda: left @ right, device)
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return Ceilings(max(read, copy), copy, wide, _float8_rate(left, right, flops), _launch_s(device), count)
+    return Ceilings(max(read, copy), copy, wide, _float8_rate(left, right, 2 * MATRIX**3), _launch_s(device), count)
 
 
 def _float8_rate(left: torch.Tensor, right: torch.Tensor, flops: float) -> float | None:

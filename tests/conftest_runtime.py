@@ -54,6 +54,17 @@ def make() -> Callable[..., Any]:
     return tiny
 
 
+def wanted(model: Any, ids: list[int]) -> torch.Tensor:
+    """Logits [tokens, vocabulary] of transformers' modules."""
+    found: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    return found
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference in shares of the spread."""
+    return float((found.cpu() - expected).abs().max() / expected.std())
+
+
 class DoubleStep:
     """The whole text in float64, every time: slow, and exact."""
 

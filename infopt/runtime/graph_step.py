@@ -24,8 +24,8 @@ from infopt.runtime.captured import Captured, Found, Pending
 from infopt.runtime.device_pages import DevicePages
 from infopt.runtime.device_tuning import tune
 from infopt.runtime.device_weights import BEYOND, DeviceModel, Layer
-from infopt.runtime.pages import PAGE, Budget, Sequence
-from infopt.runtime.steps import Output, Room, Run
+from infopt.runtime.pages import PAGE, Budget, OverPages
+from infopt.runtime.steps import Output, Run
 
 #: Tokens of a run up to which it goes into a graph; longer ones are prompts, which are run as they come.
 FEW = 17
@@ -40,12 +40,13 @@ TOKENS = (1, 2, 3, 5, 7, 9, 13, FEW)
 LEAST = 4
 
 
-class GraphStep:
+class GraphStep(OverPages):
     """`kv`: float32, float16, bfloat16 or auto, the model's own; `budget`: of its bytes. `table`: which way products take; what
     it does not know is found by timing. `ops`: None takes the kernels on a GPU and their twins on a CPU.
     """
 
     name = "graph"
+    pages: DevicePages
 
     def __init__(
         self, model: DeviceModel, *, kv: str = "auto", budget: Budget | None = None, table: Table | None = None,
@@ -104,28 +105,6 @@ class GraphStep:
     def read_bytes(self) -> int:
         """What a step of one token reads of the weights."""
         return self.model.read_bytes
-
-    def kv_bytes(self, length: int) -> float:
-        """What a step of one token reads of a sequence's keys and values."""
-        return self.pages.page_bytes / PAGE * length
-
-    def open(self) -> Sequence:
-        return Sequence()
-
-    def length(self, sequence: Sequence) -> int:
-        return sequence.length
-
-    def require(self, rooms: Several[Room], beside: float = 0) -> float:
-        return self.pages.require(rooms, beside)
-
-    def cut(self, sequence: Sequence, length: int) -> None:
-        self.pages.cut(sequence, length)
-
-    def fork(self, sequence: Sequence) -> Sequence:
-        return self.pages.fork(sequence)
-
-    def close(self, sequence: Sequence) -> None:
-        self.pages.close(sequence)
 
     @torch.inference_mode()
     def run(self, runs: Several[Run], want_logits: bool = True) -> Output:
@@ -263,13 +242,13 @@ class GraphStep:
 
     def _fill(self, call: Captured, runs: Several[Run], longest: int) -> None:
         rows = len(call.where.lengths)
-        ids, numbers = torch.zeros(rows, longest, dtype=torch.int32), torch.zeros(2, rows, dtype=torch.int32)
-        numbers[1] = 1
-        for index, run in enumerate(runs):
-            ids[index, : len(run.ids)] = torch.tensor(run.ids, dtype=torch.int32)
-            numbers[0, index], numbers[1, index] = run.sequence.length, len(run.ids)
-        call.ids.copy_(self._sent(ids.flatten()), non_blocking=True)
-        lengths, counts = self._sent(numbers)
+        empty = [0] * (rows - len(runs))
+        ids = [[*run.ids, *[0] * (longest - len(run.ids))] for run in runs] + [[0] * longest] * len(empty)
+        numbers = [
+            [*(run.sequence.length for run in runs), *empty], [*(len(run.ids) for run in runs), *(1 for _ in empty)]
+        ]  # fmt: skip
+        call.ids.copy_(self._sent(torch.tensor(ids, dtype=torch.int32).flatten()), non_blocking=True)
+        lengths, counts = self._sent(torch.tensor(numbers, dtype=torch.int32))
         call.where.lengths.copy_(lengths, non_blocking=True)
         call.where.counts.copy_(counts, non_blocking=True)
         self._tables(call, runs)

@@ -140,6 +140,34 @@ class Pages(ABC):
         return page
 
 
+class OverPages:
+    """What steps offer of sequences whose keys and values lie in pages."""
+
+    pages: Pages
+
+    def kv_bytes(self, length: int) -> float:
+        """What a step of one token reads of a sequence's keys and values."""
+        return self.pages.page_bytes / PAGE * length
+
+    def open(self) -> Sequence:
+        return Sequence()
+
+    def length(self, sequence: Sequence) -> int:
+        return sequence.length
+
+    def require(self, rooms: Iterable[Room], beside: float = 0) -> float:
+        return self.pages.require(rooms, beside)
+
+    def cut(self, sequence: Sequence, length: int) -> None:
+        self.pages.cut(sequence, length)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        return self.pages.fork(sequence)
+
+    def close(self, sequence: Sequence) -> None:
+        self.pages.close(sequence)
+
+
 class HostPages(Pages):
     """Each page has an address of its own."""
 

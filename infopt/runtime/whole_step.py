@@ -22,8 +22,8 @@ from infopt.kernels.arena import Arena, give_back
 from infopt.kernels.library import CBatch, CLayer, CMatrix, CModel, Pointers
 from infopt.kernels.packed import Packed
 from infopt.runtime.decoder import Block, Decoder, Unfit, describe
-from infopt.runtime.pages import PAGE, Budget, HostPages, Sequence
-from infopt.runtime.steps import PROMPT, Output, Room, Run
+from infopt.runtime.pages import PAGE, Budget, HostPages, OverPages
+from infopt.runtime.steps import PROMPT, Output, Run
 from infopt.runtime.weights import Wanted, head_kind, joined, release, require
 
 #: Tokens that go through the layers together at most: enough that weights are read from the cache, few enough to stay there.
@@ -33,7 +33,7 @@ MOST_CALLS = 256
 NORMS = ("input_norm", "query_norm", "key_norm", "attention_out_norm", "feed_norm", "feed_out_norm")
 
 
-class WholeStep:
+class WholeStep(OverPages):
     """Consumes the model's weights. `weights`: what floating-point weights become; `head`: the same for the output head, auto
     being int8 beside integers.
 
@@ -119,30 +119,8 @@ class WholeStep:
         is_tied = embedding == ctypes.addressof(self._model.head.contents)
         return self.weights_bytes - (0 if is_tied else self.packed[-2].nbytes)
 
-    def kv_bytes(self, length: int) -> float:
-        """What a step of one token reads of a sequence's keys and values."""
-        return self.pages.page_bytes / PAGE * length
-
-    def open(self) -> Sequence:
-        return Sequence()
-
-    def length(self, sequence: Sequence) -> int:
-        return sequence.length
-
-    def require(self, rooms: Several[Room], beside: float = 0) -> float:
-        return self.pages.require(rooms, beside)
-
     def prepare(self, rows: int, most: int) -> None:
         """Nothing has to be."""
-
-    def cut(self, sequence: Sequence, length: int) -> None:
-        self.pages.cut(sequence, length)
-
-    def fork(self, sequence: Sequence) -> Sequence:
-        return self.pages.fork(sequence)
-
-    def close(self, sequence: Sequence) -> None:
-        self.pages.close(sequence)
 
     def run(self, runs: Several[Run], want_logits: bool = True) -> Output:
         """Long runs go in chunks; their last chunk goes with the other runs.

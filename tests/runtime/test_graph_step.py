@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest_runtime import SHAPES, VOCABULARY
+from conftest_runtime import SHAPES, VOCABULARY, off, wanted
 
 from infopt.errors import InputError
 from infopt.kernels.gpu.choices import Table
@@ -46,15 +46,6 @@ def logits(step: GraphStep, sequence: Any, ids: list[int]) -> torch.Tensor:
     found = step.run([Run(sequence, ids, all_logits=True)]).logits
     assert found is not None
     return found.cpu()
-
-
-def wanted(model: Any, ids: list[int]) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-    return found
-
-
-def off(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.cpu() - expected).abs().max() / expected.std())
 
 
 def asks(count: int = 24, **named: Any) -> list[Ask]:

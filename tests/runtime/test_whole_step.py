@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest_runtime import SHAPES, VOCABULARY
+from conftest_runtime import SHAPES, VOCABULARY, off, wanted
 
 from infopt.errors import InputError
 from infopt.runtime import architecture
@@ -28,11 +28,6 @@ def logits(step: WholeStep, sequence: Any, ids: list[int]) -> torch.Tensor:
     return found.clone()
 
 
-def wanted(model: Any, ids: list[int]) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-    return found
-
-
 def opened(model: Any, **settings: Any) -> WholeStep:
     """Of a copy: a step consumes its model."""
     return WholeStep(copy.deepcopy(model), **settings)
@@ -40,10 +35,6 @@ def opened(model: Any, **settings: Any) -> WholeStep:
 
 def float32(model: Any) -> WholeStep:
     return WholeStep(model, threads=2, weights="float32", head="float32", kv="float32")
-
-
-def off(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.std())
 
 
 @pytest.mark.parametrize("name", SHAPES)

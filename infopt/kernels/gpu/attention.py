@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from infopt.kernels.gpu.norm import normed
+
 #: Positions of a page.
 PAGE = 64
 #: Numbers of queries that a program holds.
@@ -100,9 +102,7 @@ def prompt(qkv: torch.Tensor, cache: Paged, table: torch.Tensor, length: int, he
 
 def turned(x: torch.Tensor, gain: torch.Tensor | None, heads: Heads, position: torch.Tensor) -> torch.Tensor:
     """float32 [tokens, heads, head_dim]: normed where there is a gain, then turned by its position (arXiv 2104.09864)."""
-    wide = x.float()
-    if gain is not None:
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + heads.epsilon) * gain.float()
+    wide = x.float() if gain is None else normed(x, gain, heads.epsilon)
     cos, sin = heads.cos[position][:, None], heads.sin[position][:, None]
     turning, rest = wide[..., : cos.shape[-1]], wide[..., cos.shape[-1] :]
     first, second = turning.chunk(2, -1)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from infopt.kernels.gpu.weight import Weight
+from infopt.result import write_atomic
 
 Way = Literal["vector", "tiles", "library", "scaled"]
 #: Rows beyond which all products are timed as for so many.
@@ -150,9 +151,7 @@ class Table:
             return
         stored = {"method": METHOD, "chosen": {name: asdict(choice) for name, choice in sorted(self.chosen.items())}}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(self.path)
+        write_atomic(self.path, json.dumps(stored, indent=1) + "\n")
 
 
 def device_table(folder: Path) -> Table:

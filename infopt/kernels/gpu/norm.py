@@ -10,10 +10,15 @@ import triton.language as tl
 BLOCK = 4096
 
 
-def norm_twin(x: torch.Tensor, gain: torch.Tensor, epsilon: float, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """`x` [rows, inner] divided by its root mean square, times `gain`, plus `residual`; x's dtype (arXiv 1910.07467)."""
+def normed(x: torch.Tensor, gain: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`x` [..., inner] divided by its root mean square, times `gain` [inner]: float32 (arXiv 1910.07467)."""
     wide = x.float()
-    found = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * gain.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * gain.float()
+
+
+def norm_twin(x: torch.Tensor, gain: torch.Tensor, epsilon: float, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """`x` [rows, inner] normed, plus `residual`; x's dtype."""
+    found = normed(x, gain, epsilon)
     return (found if residual is None else found + residual.float()).to(x.dtype)
 
 

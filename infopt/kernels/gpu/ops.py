@@ -112,8 +112,7 @@ def _behind(
     if weight.bias is not None:
         y = y + weight.bias
     if activation is not None:
-        gate, up = y[:, 0::2], y[:, 1::2]
-        y = up * (torch.nn.functional.silu(gate) if activation == 0 else torch.nn.functional.gelu(gate, approximate="tanh"))
+        y = products.gated(y, activation)
     if residual is not None:
         y = y + residual
     return y.to(dtype)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from infopt.kernels.gpu.norm import normed
 from infopt.kernels.gpu.weight import Weight, dense
 
 
@@ -26,18 +27,21 @@ def twin(
     `activation` 0: silu(gate) · up; 1: the tanh form of GELU instead. `gain` [inner]: x is divided by its root mean square and
     multiplied by it before; `residual` is added last.
     """
-    inputs = x.float()
-    if gain is not None:
-        inputs = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + epsilon) * gain.float()
+    inputs = x.float() if gain is None else normed(x, gain, epsilon)
     y = inputs @ dense(weight).T
     if weight.bias is not None:
         y = y + weight.bias.float()
     if activation is not None:
-        gate, up = y[:, 0::2], y[:, 1::2]
-        y = up * (torch.nn.functional.silu(gate) if activation == 0 else torch.nn.functional.gelu(gate, approximate="tanh"))
+        y = gated(y, activation)
     if residual is not None:
         y = y + residual.float()
     return y.to(dtype or x.dtype)
+
+
+def gated(y: torch.Tensor, activation: int) -> torch.Tensor:
+    """Of gate and up, which take turns in `y` [rows, 2 · outputs]: [rows, outputs]."""
+    gate, up = y[:, 0::2], y[:, 1::2]
+    return up * (torch.nn.functional.silu(gate) if activation == 0 else torch.nn.functional.gelu(gate, approximate="tanh"))
 
 
 @triton.jit

@@ -19,7 +19,6 @@ SHARED = {90: 227 * 1024, 80: 163 * 1024}
 
 @pytest.fixture(scope="module")
 def made() -> list[dict[str, Any]]:
-    pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "compile_kernels.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
