@@ -293,10 +293,10 @@ def test_an_artifact_says_what_was_learned(tmp_path: Path) -> None:
     assert [step.name for step in document.steps] == ["drop_layers", "distil"]
     assert document.calibration_hash is not None
     found = json.loads((tmp_path / "out" / "distil.json").read_text())
-    assert (found["source"], found["rows"], found["examples"]) == (str(path), 24, 23)
+    assert (found["source"], found["rows"], found["examples"]) == (path.name, 24, 23)
     assert (tmp_path / "out" / "calibration_runs.npy").is_file()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"Learned from `{path}`, 24 rows: 23 examples" in card
+    assert f"Learned from `{path.name}`, 24 rows: 23 examples" in card
     assert "![distil](distil.svg)" in card
     assert "![depth](depth.svg)" in card
 
