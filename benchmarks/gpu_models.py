@@ -104,6 +104,6 @@ def _weight(rows: int, inner: int, kind: str, group: int) -> Weight:
         data = torch.empty(padded, inner, dtype=torch.bfloat16 if kind == "bfloat16" else FLOAT8, device="meta")
         return Weight(rows, inner, data, scales=torch.empty(padded, device="meta") if kind == "float8" else None)
     bits = int(kind.removeprefix("int"))
-    words = torch.empty(padded, inner * bits // 128, 4, dtype=torch.int32, device="meta")
+    elements = torch.empty(padded, inner * bits // 16, dtype=torch.int16, device="meta")
     scales = torch.empty(padded, inner // group, dtype=torch.bfloat16, device="meta")
-    return Weight(rows, inner, words, bits, group, scales)
+    return Weight(rows, inner, elements, bits, group, scales)

@@ -8,9 +8,10 @@ from functools import partial
 
 import torch
 
-from infopt.kernels.gpu.choices import Choice, Table, bucket, enough, key, race
+from infopt.kernels.gpu.choices import Asked, Choice, Table, bucket, enough, race
 from infopt.kernels.gpu.ops import multiply
-from infopt.kernels.gpu.weight import Weight
+from infopt.kernels.gpu.products import Behind, Feed
+from infopt.kernels.gpu.weight import ROWS, Weight
 from infopt.runtime.device_weights import DeviceModel
 
 #: Assumed of a GPU that does not say what its second-level cache holds.
@@ -19,19 +20,25 @@ CACHE_BYTES = 50_000_000
 
 @dataclass(frozen=True)
 class Role:
-    """A product that every layer has, and what is fused with it."""
+    """A product that every layer has, and what stands around it (`choices.Asked`)."""
 
     weights: Sequence[Weight]
-    has_norm: bool = False
     activation: int | None = None
+    has_norm: bool = False
+    feeds_norm: bool = False
     dtype: torch.dtype | None = None
+
+    def asked(self, weight: Weight, rows: int, dtype: torch.dtype) -> Asked:
+        return Asked(weight, rows, dtype, self.activation, self.has_norm, self.feeds_norm)
 
 
 def roles(model: DeviceModel) -> list[Role]:
     qkv, output, gate_up, down = zip(*(layer.weights for layer in model.layers), strict=True)
+    fused = model.fuses_norms
     return [
-        Role(qkv, has_norm=True), Role(output), Role(gate_up, has_norm=True, activation=model.activation), Role(down),
-        Role([model.outside.head], has_norm=True, dtype=torch.float32),
+        Role(qkv, has_norm=fused), Role(output, feeds_norm=fused),
+        Role(gate_up, model.activation, has_norm=fused), Role(down, feeds_norm=fused),
+        Role([model.outside.head], has_norm=fused, dtype=torch.float32),
     ]  # fmt: skip
 
 
@@ -43,30 +50,29 @@ def tune(model: DeviceModel, rows: int, table: Table) -> None:
     cache = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or CACHE_BYTES)
     for role in roles(model):
         for weights in _alike(role.weights):
-            first = weights[0]
-            if key(first, rows, dtype, role.has_norm, role.activation) in table.chosen:
-                continue
-            x = torch.randn(bucket(rows), first.inner, device=device).to(dtype)
-            gain = torch.ones(first.inner, device=device, dtype=dtype) if role.has_norm else None
-            timing = _Timing(x, gain, enough(weights, cache), role)
-            table.tune(first, rows, dtype, role.has_norm, role.activation, timing.race)
+            asked = role.asked(weights[0], rows, dtype)
+            if asked.key not in table.chosen:
+                table.tune(asked, _Timing(asked, enough(weights, cache), role).race)
 
 
-@dataclass(frozen=True)
 class _Timing:
-    x: torch.Tensor
-    gain: torch.Tensor | None
-    weights: Sequence[Weight]
-    role: Role
+    """Of a product as a step has it, on activations of normal size."""
+
+    def __init__(self, asked: Asked, weights: Sequence[Weight], role: Role) -> None:
+        rows, inner, device = bucket(asked.rows), asked.weight.inner, asked.weight.data.device
+        x, squares = torch.randn(rows, inner, device=device).to(asked.dtype), None
+        if asked.has_norm:
+            squares = torch.full((inner // ROWS or 1, rows), float(ROWS), device=device)
+        gain = torch.ones(asked.weight.rows, device=device, dtype=asked.dtype) if asked.feeds_norm else None
+        residual = torch.zeros(rows, asked.weight.rows, device=device, dtype=asked.dtype) if asked.feeds_norm else None
+        self.feed, self.weights = Feed(x, squares, 1e-5), weights
+        self.behind = Behind(asked.activation, residual, gain, 1e-5, role.dtype)
 
     def race(self, choices: Sequence[Choice]) -> tuple[dict[Choice, float], dict[Choice, str]]:
         return race({choice: partial(self.run, choice) for choice in choices}, self.weights)
 
     def run(self, choice: Choice, weight: Weight) -> torch.Tensor:
-        return multiply(
-            choice, self.x, weight, gain=self.gain, epsilon=1e-5, activation=self.role.activation, residual=None,
-            dtype=self.role.dtype or self.x.dtype,
-        )  # fmt: skip
+        return multiply(choice, self.feed, weight, self.behind)[0]
 
 
 def _alike(weights: Sequence[Weight]) -> list[list[Weight]]:

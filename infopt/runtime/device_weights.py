@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from infopt.kernels.gpu.attention import Heads
-from infopt.kernels.gpu.weight import Weight, float8, integers, plain
+from infopt.kernels.gpu.weight import Weight, fits, float8, integers, plain
 from infopt.kernels.packed import GROUP, rounded
 from infopt.runtime import weights
 from infopt.runtime.decoder import Block, Decoder, Unfit, describe
@@ -69,6 +69,14 @@ class DeviceModel:
     def read_bytes(self) -> int:
         """What a step of one token reads of the weights."""
         return self.outside.head.nbytes + sum(weight.nbytes for layer in self.layers for weight in layer.weights)
+
+    @property
+    def fuses_norms(self) -> bool:
+        """Whether norms go with the products around them: not where more stands between these, nor in float16, which may not hold
+        a row before it is divided."""
+        return self.dtype != torch.float16 and all(
+            norm is None for layer in self.layers for norm in (layer.attention_out_norm, layer.feed_out_norm)
+        )
 
     def first(self, count: int) -> DeviceModel:
         """Its first layers, and what stands outside."""
@@ -172,7 +180,7 @@ def joined(
 
 
 def _fits(stored: weights.Integers) -> bool:
-    return stored.group is None or (stored.group % (128 // stored.bits) == 0 and stored.q.shape[1] % stored.group == 0)
+    return fits(stored.bits, stored.group, stored.q.shape[1])
 
 
 def _bias(module: Any) -> torch.Tensor:

@@ -20,6 +20,8 @@ from infopt.errors import InputError
 from infopt.kernels.gpu.attention import Where, prompt
 from infopt.kernels.gpu.choices import Table
 from infopt.kernels.gpu.ops import TWINS, Ops, kernels
+from infopt.kernels.gpu.products import Behind, Feed
+from infopt.kernels.gpu.weight import Weight
 from infopt.runtime.captured import Captured, Found, Pending
 from infopt.runtime.device_pages import DevicePages
 from infopt.runtime.device_tuning import tune
@@ -151,40 +153,50 @@ class GraphStep(OverPages):
     def _prompt(self, run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         table, length = run.sequence.table.to(self.device), run.sequence.length
         ids = torch.tensor(run.ids, device=self.device)
-        kept = []
+        answers = []
         for start in range(0, len(ids), CHUNK):
             part = ids[start : start + CHUNK]
-            x = self._layers(
+            feed = self._layers(
                 part,
                 lambda qkv, layer, cache: prompt(qkv, cache, table, length + start, layer.heads),  # noqa: B023 - called at once
             )
-            kept.append(x)
-        x = torch.cat(kept) if run.all_logits else kept[-1][-1:]
-        return self._answers(x)
+            if run.all_logits or start + CHUNK >= len(ids):
+                answers.append(self._answers(feed if run.all_logits else feed.last(1)))
+        tokens, leads, logits = (torch.cat(part) for part in zip(*answers, strict=True))
+        return tokens, leads, logits
 
-    def _layers(self, ids: torch.Tensor, attend: Any) -> torch.Tensor:
-        """`ids` [rows] through all layers: [rows, hidden]. `attend(qkv, layer, its pages)`."""
-        product, norm, epsilon, outside = self.ops.product, self.ops.norm, self.model.epsilon, self.model.outside
+    def _layers(self, ids: torch.Tensor, attend: Any) -> Feed:
+        """`ids` [rows] through all layers, to what the head is fed. `attend(qkv, layer, its pages)`."""
+        outside, layers = self.model.outside, self.model.layers
         x = torch.nn.functional.embedding(ids, outside.embedding)
         x = x * outside.scale if outside.scale != 1 else x
-        for layer, cache in zip(self.model.layers, self.pages.layers, strict=True):
-            qkv = product(x, layer.qkv, gain=layer.input_norm, epsilon=epsilon)
-            mixed = attend(qkv, layer, cache)
-            if layer.attention_out_norm is None:
-                x = product(mixed, layer.output, residual=x)
-            else:
-                x = norm(product(mixed, layer.output), layer.attention_out_norm, epsilon, x)
-            fed = product(x, layer.gate_up, gain=layer.feed_norm, epsilon=epsilon, activation=self.model.activation)
-            if layer.feed_out_norm is None:
-                x = product(fed, layer.down, residual=x)
-            else:
-                x = norm(product(fed, layer.down), layer.feed_out_norm, epsilon, x)
-        return x
+        feed = Feed(self.ops.norm(x, layers[0].input_norm, self.model.epsilon))
+        following = [*(layer.input_norm for layer in layers[1:]), outside.final_norm]
+        for layer, cache, gain in zip(layers, self.pages.layers, following, strict=True):
+            qkv, _ = self.ops.product(feed, layer.qkv)
+            mixed = Feed(attend(qkv, layer, cache))
+            x, feed = self._added(mixed, layer.output, layer.attention_out_norm, x, layer.feed_norm)
+            _, fed = self.ops.product(feed, layer.gate_up, Behind(self.model.activation))
+            x, feed = self._added(fed, layer.down, layer.feed_out_norm, x, gain)
+        return feed
 
-    def _answers(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Likeliest token, its lead, and logits float32 [rows, vocabulary] after hidden states `x`."""
-        outside = self.model.outside
-        logits = self.ops.product(x, outside.head, gain=outside.final_norm, epsilon=self.model.epsilon, dtype=torch.float32)
+    def _added(
+        self, feed: Feed, weight: Weight, own: torch.Tensor | None, residual: torch.Tensor, gain: torch.Tensor
+    ) -> tuple[torch.Tensor, Feed]:
+        """A product, normed where it has a norm of its `own`, plus `residual`; and the same as it feeds the next, whose norm has
+        `gain`."""
+        epsilon, norm = self.model.epsilon, self.ops.norm
+        if self.model.fuses_norms:
+            return self.ops.product(feed, weight, Behind(residual=residual, gain=gain, epsilon=epsilon))
+        if own is None:
+            x, _ = self.ops.product(feed, weight, Behind(residual=residual))
+        else:
+            x = norm(self.ops.product(feed, weight)[0], own, epsilon, residual)
+        return x, Feed(norm(x, gain, epsilon))
+
+    def _answers(self, feed: Feed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Likeliest token, its lead, and logits float32 [rows, vocabulary] of what the head is fed."""
+        logits, _ = self.ops.product(feed, self.model.outside.head, Behind(dtype=torch.float32))
         return *self.ops.likeliest(logits), logits
 
     # Steps of few tokens
@@ -309,8 +321,8 @@ class GraphStep(OverPages):
         return call
 
     def _compute(self, call: Captured, tokens: int) -> None:
-        x = self._layers(call.ids, lambda qkv, layer, cache: self.ops.attention(qkv, cache, call.where, layer.heads))
-        found, leads, logits = self._answers(x)
+        feed = self._layers(call.ids, lambda qkv, layer, cache: self.ops.attention(qkv, cache, call.where, layer.heads))
+        found, leads, logits = self._answers(feed)
         call.tokens.copy_(found)
         call.leads.copy_(leads)
         call.logits = logits  # of a graph: where each replay leaves them
@@ -347,8 +359,8 @@ class GraphStep(OverPages):
             place[0] += 1
             return prompt(qkv, cache, table, length, layer.heads)
 
-        x = self._layers(torch.tensor(run.ids, device=self.device), attend)
-        last = self.layer_count - 1 if not x.isfinite().all() else None
+        feed = self._layers(torch.tensor(run.ids, device=self.device), attend)
+        last = self.layer_count - 1 if not feed.x.isfinite().all() else None
         where = f"layer {bad[0]}" if bad else "the output head" if last is None else f"layer {last}"
         raise InputError(
             f"a logit is not finite; {where} is where it first shows", hint="the model may be damaged, or too large for float16"

@@ -17,9 +17,11 @@ import torch
 from infopt.kernels.gpu.weight import Weight
 from infopt.result import write_atomic
 
-Way = Literal["vector", "tiles", "library", "scaled"]
+Way = Literal["vector", "slices", "tiles", "library", "scaled"]
 #: Rows beyond which all products are timed as for so many.
 MOST_ROWS = 512
+#: Up to so many rows products are sliced: warps of a program share no rows of W.
+SLICED_ROWS = 16
 #: From so many rows on float8 weights are multiplied with activations rounded to float8 too; never by which is faster, since it
 #: is another result.
 SCALED_ROWS = 32
@@ -28,13 +30,14 @@ PROGRAMS = 300
 #: Of each candidate when they are timed, after a first one.
 TURNS = 7
 #: Counts up when kernels change, so that older timings are not believed.
-METHOD = 1
+METHOD = 2
 
 
 @dataclass(frozen=True)
 class Choice:
     """`library`: torch's own product, of integers' numbers spread out before it; `scaled`: its product of float8 with float8.
-    `block` rows of W and `rows` of x a program; tiles of `inputs` inputs, these in `splits` parts."""
+    `block` rows of W and `rows` of x a program; tiles of `inputs` inputs, these in `splits` parts; slices `ways` of them side by
+    side."""
 
     way: Way
     block: int = 0
@@ -43,6 +46,28 @@ class Choice:
     inputs: int = 0
     splits: int = 1
     stages: int = 3
+    ways: int = 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A product that a way is sought for. `dtype`: of activations; `has_norm`: its feed is still to be divided by its root mean
+    square; `feeds_norm`: it leaves squares itself."""
+
+    weight: Weight
+    rows: int
+    dtype: torch.dtype
+    activation: int | None = None
+    has_norm: bool = False
+    feeds_norm: bool = False
+
+    @property
+    def key(self) -> str:
+        weight = self.weight
+        shape = f"{weight.kind} {weight.rows}x{weight.inner} group {weight.group} zeros {int(weight.zeros is not None)}"
+        norms = f"norm {int(self.has_norm)}{int(self.feeds_norm)}"
+        fused = f"{norms} activation {-1 if self.activation is None else self.activation}"
+        return f"{shape} rows {bucket(self.rows)} {str(self.dtype).removeprefix('torch.')} {fused}"
 
 
 def bucket(rows: int) -> int:
@@ -50,38 +75,52 @@ def bucket(rows: int) -> int:
     return min(MOST_ROWS, 1 << (rows - 1).bit_length())
 
 
-def key(weight: Weight, rows: int, dtype: torch.dtype, has_norm: bool, activation: int | None) -> str:
-    """`dtype`: of activations."""
-    shape = f"{weight.kind} {weight.rows}x{weight.inner} group {weight.group} zeros {int(weight.zeros is not None)}"
-    fused = f"norm {int(has_norm)} activation {-1 if activation is None else activation}"
-    return f"{shape} rows {bucket(rows)} {str(dtype).removeprefix('torch.')} {fused}"
-
-
-def candidates(weight: Weight, rows: int, dtype: torch.dtype) -> list[Choice]:
+def candidates(asked: Asked) -> list[Choice]:
     """What is worth a try, the likeliest first.
 
-    Vectors: more rows of W a program are more loads at a time, and registers, of which rows of x take as many again. Tiles:
-    inputs are split where rows of W alone make too few programs to keep all multiprocessors loading.
+    Vectors: more rows of W a program are more loads at a time, and registers, of which rows of x take as many again. Slices: more
+    rows of W read fewer activations, and make fewer programs. Tiles: inputs are split where rows of W alone make too few programs
+    to keep all multiprocessors loading.
     """
-    count, is_plain = bucket(rows), weight.bits is None
-    is_scaled = weight.kind == "float8" and dtype == torch.bfloat16 and weight.inner % 16 == 0
-    if is_scaled and rows >= SCALED_ROWS:
+    weight, count = asked.weight, bucket(asked.rows)
+    is_scaled = weight.kind == "float8" and asked.dtype == torch.bfloat16 and weight.inner % 16 == 0
+    if is_scaled and asked.rows >= SCALED_ROWS:
         return [Choice("scaled")]
-    each = min(count, 4 if is_plain and weight.kind != "float8" else 2)
+    library = [Choice("library")]
+    if count <= SLICED_ROWS:
+        slices = _slices(weight, count)
+        if weight.bits or count > 4:
+            return [*slices, *_tiles(weight, count)[:1], *library]
+        return [*_vectors(weight, count), *slices[:2], *library]
+    return [*_tiles(weight, count), *library] if count <= 64 else [*library, *_tiles(weight, count)]
+
+
+def _vectors(weight: Weight, count: int) -> list[Choice]:
+    each = min(count, 4 if weight.kind != "float8" else 2)
     sizes = ((4, 4), (8, 4), (4, 2), (8, 2), (4, 1)) if each == 1 else ((4, 1), (2, 2))
-    vectors = [Choice("vector", block, each, warps) for block, warps in sizes] if count <= 8 else []
+    return [Choice("vector", block, each, warps) for block, warps in sizes]
+
+
+def _slices(weight: Weight, count: int) -> list[Choice]:
+    tile = max(8, count)
+    sizes = ((16, 8, 4, 3), (16, 16, 8, 2), (32, 8, 4, 3), (32, 8, 8, 3), (16, 4, 4, 4))
+    splits = 2 if len(weight.data) // 16 < PROGRAMS // 3 and weight.padded_inner >= 2048 else 1
+    return [
+        Choice("slices", block, tile, warps, 128 if weight.bits else 64, splits, stages, ways)
+        for block, ways, warps, stages in sizes
+    ]
+
+
+def _tiles(weight: Weight, count: int) -> list[Choice]:
     tile = min(64, max(16, count))
     programs = len(weight.data) // 64 * -(-count // tile)
     splits = next((parts for parts in (1, 2, 4) if programs * parts >= PROGRAMS or 1024 * parts > weight.padded_inner), 8)
     inputs = 64 if weight.data.dtype == torch.float32 else 128
-    tiles = [Choice("tiles", 64, tile, 4, inputs, parts, 4) for parts in dict.fromkeys((splits, max(1, splits // 2)))]
+    found = [Choice("tiles", 64, tile, 4, inputs, parts, 4) for parts in dict.fromkeys((splits, max(1, splits // 2)))]
     if count >= 64:
         tall = min(128, count)
-        tiles += [Choice("tiles", 128, tall, 8, inputs, parts, 3) for parts in dict.fromkeys((1, splits))]
-    library = [Choice("library")]
-    if count > 64:
-        return [*library, *tiles]
-    return [*vectors, *tiles, *library] if count <= (4 if is_plain else 2) else [*tiles, *library, *vectors]
+        found += [Choice("tiles", 128, tall, 8, inputs, parts, 3) for parts in dict.fromkeys((1, splits))]
+    return found
 
 
 @dataclass
@@ -105,42 +144,28 @@ class Table:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # a broken file is written anew
 
-    def find(self, weight: Weight, rows: int, dtype: torch.dtype, has_norm: bool, activation: int | None) -> Choice:
-        name = key(weight, rows, dtype, has_norm, activation)
-        if name not in self.chosen:
-            return candidates(weight, rows, dtype)[0]
-        return self.chosen[name]
+    def find(self, asked: Asked) -> Choice:
+        return self.chosen.get(asked.key) or candidates(asked)[0]
 
-    def refuse(
-        self,
-        choice: Choice,
-        why: Exception,
-        weight: Weight,
-        rows: int,
-        dtype: torch.dtype,
-        has_norm: bool,
-        activation: int | None,
-    ) -> None:
+    def refuse(self, choice: Choice, why: Exception, asked: Asked) -> None:
         """Takes the next candidate from now on, since this one does not run here. Raises `why` where none is left, or where it is
         a mistake and no lack of room."""
-        name = key(weight, rows, dtype, has_norm, activation)
-        refused = self.failed.setdefault(name, [])
+        refused = self.failed.setdefault(asked.key, [])
         refused.append((choice, f"{type(why).__name__}: {why}"[:200]))
-        left = [each for each in candidates(weight, rows, dtype) if each not in [other for other, _ in refused]]
+        left = [each for each in candidates(asked) if each not in [other for other, _ in refused]]
         if not left or not is_too_large(why):
             raise why
-        self.chosen[name] = left[0]
+        self.chosen[asked.key] = left[0]
 
     def tune(
-        self, weight: Weight, rows: int, dtype: torch.dtype, has_norm: bool, activation: int | None,
-        race: Callable[[Sequence[Choice]], tuple[dict[Choice, float], dict[Choice, str]]],
+        self, asked: Asked, race: Callable[[Sequence[Choice]], tuple[dict[Choice, float], dict[Choice, str]]]
     ) -> None:  # fmt: skip
         """Keeps the fastest of the candidates, where none was chosen yet. `race`: seconds of those that run, and why others do
         not."""
-        name = key(weight, rows, dtype, has_norm, activation)
+        name = asked.key
         if not self.is_timed or name in self.chosen:
             return
-        found, failed = race(candidates(weight, rows, dtype))
+        found, failed = race(candidates(asked))
         self.failed |= {name: list(failed.items())} if failed else {}
         self.seconds[name] = sorted(found.items(), key=lambda each: each[1])
         self.chosen[name] = self.seconds[name][0][0]

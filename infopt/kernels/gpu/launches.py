@@ -21,17 +21,17 @@ from typing import Any
 import torch
 import triton
 
-from infopt.kernels.gpu import attention, norm, products
+from infopt.kernels.gpu import attention, norm, product_kernels
 
 #: Modules that launch kernels, and the names that these have there.
 KERNELS: dict[ModuleType, tuple[str, ...]] = {
-    products: ("vector_integers", "vector_floats", "tiles", "join", "spread"),
+    product_kernels: ("vector", "slices", "tiles", "join", "spread"),
     attention: ("attend", "gather"),
     norm: ("rms_norm", "largest", "largest_of_blocks"),
 }
 TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
-    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int16: "i16", torch.int32: "i32",
+    torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 ALIGNED = 16
 
@@ -57,13 +57,14 @@ class Launch:
 @dataclass(frozen=True)
 class MachineCode:
     """`spills`: bytes of local memory a thread needs; `loads`: how often each width of loads from global memory occurs, bytes;
-    `operations`: how often each machine instruction occurs."""
+    `operations`: how often each machine instruction occurs; `loop`: how many of them its longest loop has."""
 
     registers: int
     spills: int
     shared_bytes: int
     loads: dict[int, int]
     operations: Counter[str]
+    loop: int
 
 
 class _Recorder:
@@ -91,13 +92,14 @@ def recorded() -> Iterator[list[Launch]]:
 def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], named: dict[str, Any]) -> Launch:
     warps, stages = named.pop("num_warps", 4), named.pop("num_stages", 3)
     given = dict(zip(kernel.arg_names, args, strict=False)) | named
+    known = kernel.fn.__annotations__
     signature, constants, aligned = [], [], []
     for index, name in enumerate(kernel.arg_names):
         value = given[name]
         if isinstance(value, torch.Tensor):
             signature.append((name, f"*{TYPES[value.dtype]}"))
             aligned.append(index)
-        elif value is None or name.isupper() or (isinstance(value, int) and value == 1):
+        elif value is None or "constexpr" in str(known.get(name)) or (isinstance(value, int) and value == 1):
             signature.append((name, "constexpr"))
             constants.append((name, value))
         elif isinstance(value, float):
@@ -137,8 +139,21 @@ def _read(cubin: bytes, shared: int) -> MachineCode:
             for flag in ("-sass", "-res-usage")
         }
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", told["-res-usage"])}
-    operations = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", told["-sass"], re.M))
-    return MachineCode(usage["REG"], usage["STACK"] + usage["LOCAL"], shared, _loads(operations), operations)
+    lines = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)(.*)", told["-sass"], re.M)
+    operations = Counter(name for _, name, _ in lines)
+    return MachineCode(
+        usage["REG"], usage["STACK"] + usage["LOCAL"], shared, _loads(operations), operations, _longest_loop(lines)
+    )
+
+
+def _longest_loop(lines: list[tuple[str, str, str]]) -> int:
+    """Instructions from where a branch leads back to, up to it; `lines`: address, name, the rest."""
+    places = {int(address, 16): place for place, (address, _, _) in enumerate(lines)}
+    found = 0
+    for place, (_, name, rest) in enumerate(lines):
+        to = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        found = max(found, place - places.get(int(to[1], 16), place) + 1 if to else 0)
+    return found
 
 
 def _loads(operations: Counter[str]) -> dict[int, int]:

@@ -10,24 +10,30 @@ import torch
 
 from infopt.kernels.gpu import attention, norm, products
 from infopt.kernels.gpu.attention import Heads, Paged, Where
-from infopt.kernels.gpu.choices import Choice, Table
+from infopt.kernels.gpu.choices import Asked, Choice, Table
+from infopt.kernels.gpu.products import ALONE, Behind, Feed
 from infopt.kernels.gpu.weight import FLOAT8, Weight
 
 
 class Product(Protocol):
     """As `products.twin`."""
 
+    def __call__(self, feed: Feed, weight: Weight, behind: Behind = ALONE) -> tuple[torch.Tensor, Feed]: ...
+
+
+class Norm(Protocol):
+    """As `norm.norm_twin`."""
+
     def __call__(
-        self, x: torch.Tensor, weight: Weight, *, gain: torch.Tensor | None = None, epsilon: float = 0.0,
-        activation: int | None = None, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None,
-    ) -> torch.Tensor: ...  # fmt: skip
+        self, x: torch.Tensor, gain: torch.Tensor, epsilon: float, residual: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class Ops:
     product: Product
     attention: Callable[[torch.Tensor, Paged, Where, Heads], torch.Tensor]
-    norm: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor | None], torch.Tensor]
+    norm: Norm
     likeliest: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -37,26 +43,14 @@ TWINS = Ops(products.twin, attention.twin, norm.norm_twin, norm.likeliest_twin)
 def kernels(table: Table, multiprocessors: int) -> Ops:
     """`table`: which way each product takes."""
 
-    def product(
-        x: torch.Tensor, weight: Weight, *, gain: torch.Tensor | None = None, epsilon: float = 0.0,
-        activation: int | None = None, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        asked = weight, len(x), x.dtype, gain is not None, activation
+    def product(feed: Feed, weight: Weight, behind: Behind = ALONE) -> tuple[torch.Tensor, Feed]:
+        asked = Asked(weight, len(feed.x), feed.x.dtype, behind.activation, feed.squares is not None, behind.gain is not None)
         while True:
-            choice = table.find(*asked)
+            choice = table.find(asked)
             try:
-                return multiply(
-                    choice,
-                    x,
-                    weight,
-                    gain=gain,
-                    epsilon=epsilon,
-                    activation=activation,
-                    residual=residual,
-                    dtype=dtype or x.dtype,
-                )
+                return multiply(choice, feed, weight, behind)
             except Exception as error:  # Triton and the libraries raise of every kind
-                table.refuse(choice, error, *asked)
+                table.refuse(choice, error, asked)
 
     def attend(qkv: torch.Tensor, cache: Paged, where: Where, heads: Heads) -> torch.Tensor:
         splits = splits_of(len(where.lengths) * heads.kv_heads, multiprocessors)
@@ -74,25 +68,19 @@ def splits_of(programs: int, multiprocessors: int) -> int:
     return splits
 
 
-def multiply(
-    choice: Choice, x: torch.Tensor, weight: Weight, *, gain: torch.Tensor | None, epsilon: float, activation: int | None,
-    residual: torch.Tensor | None, dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
+def multiply(choice: Choice, feed: Feed, weight: Weight, behind: Behind = ALONE) -> tuple[torch.Tensor, Feed]:
     """`products.twin` the chosen way."""
     if choice.way == "vector":
-        return products.by_vector(
-            x, weight, gain=gain, epsilon=epsilon, activation=activation, residual=residual, dtype=dtype, block=choice.block,
-            rows=choice.rows, warps=choice.warps,
-        )  # fmt: skip
-    if gain is not None:
-        x = norm.norm(x, gain, epsilon)
-    if choice.way == "tiles":
+        return products.by_vector(feed, weight, behind, block=choice.block, rows=choice.rows, warps=choice.warps)
+    if choice.way in ("tiles", "slices"):
         return products.by_tiles(
-            x, weight, activation=activation, residual=residual, dtype=dtype, block=choice.block, rows=choice.rows,
-            inputs=choice.inputs, splits=choice.splits, warps=choice.warps, stages=choice.stages,
+            feed, weight, behind, block=choice.block, rows=choice.rows, inputs=choice.inputs, splits=choice.splits,
+            ways=choice.ways, warps=choice.warps, stages=choice.stages,
         )  # fmt: skip
+    x = feed.x if feed.squares is None else feed.normed().to(feed.x.dtype)
     y = _scaled(x, weight) if choice.way == "scaled" else torch.nn.functional.linear(x, products.widened(weight, x.dtype))
-    return _behind(y[:, : weight.rows], weight, activation, residual, dtype)
+    y = _behind(y[:, : weight.rows], weight, behind).to(behind.dtype or x.dtype)
+    return y, Feed(y) if behind.gain is None else Feed(norm.norm(y, behind.gain, behind.epsilon))
 
 
 def _scaled(x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -106,13 +94,9 @@ def _scaled(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     )
 
 
-def _behind(
-    y: torch.Tensor, weight: Weight, activation: int | None, residual: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
+def _behind(y: torch.Tensor, weight: Weight, behind: Behind) -> torch.Tensor:
     if weight.bias is not None:
         y = y + weight.bias
-    if activation is not None:
-        y = products.gated(y, activation)
-    if residual is not None:
-        y = y + residual
-    return y.to(dtype)
+    if behind.activation is not None:
+        y = products.gated(y, behind.activation)
+    return y if behind.residual is None else y + behind.residual

@@ -1,9 +1,10 @@
 """Weights as the GPU kernels read them.
 
-Integers are shuffled so that one 16-byte load of a lane has 4 words of `32 / bits` inputs each that lie side by side in the
-activations: word t of unit u holds, as field j, input `u · 128 / bits + 4j + t`. So field j of a lane's four words meets four
-neighbours of x, and a unit of 32 (4 bits) or 16 (8 bits) inputs shares one scale. Integers are stored from 0 on: q + 8 or
-q + 128 where the grid is symmetric. Rows are padded to 64 with zeros, gate and up rows of a gated layer taking turns.
+Integers lie in elements of 16 bits, 16 elements being a block of `16 · 16 / bits` inputs: field f of element i of block b, its
+bits from `f · bits` on, is input `b · 256 / bits + 16f + i`. So one field of 16 neighbouring elements meets 16 neighbours of x:
+the depth of a tensor core's tile; and a register with two elements gives two weights of one field at once. Integers are stored
+from 0 on: q + 8 or q + 128 where the grid is symmetric. Rows are padded to 64 with zeros, gate and up rows of a gated layer
+taking turns.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ import torch
 
 #: Rows are padded to a multiple of it, so that no tile has a part of them.
 ROWS = 64
-#: Where field j of a word begins. Four bits: so that all are read from bits 12 and 16 of the word, its neighbours by a byte, and
-#: itself turned by half (`products._field`).
-FIELDS = {4: (12, 16, 4, 8, 20, 24, 28, 0), 8: (0, 8, 16, 24)}
+#: Elements of a block.
+BLOCK = 16
 FLOAT8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
 class Weight:
-    """[rows, inner]. `data`: floating point [padded rows, padded inner], or int32 words [padded rows, units, 4].
+    """[rows, inner]. `data`: floating point [padded rows, padded inner], or int16 elements.
 
     Integers stand for (q − zero) · scale with `scales` and `zeros` [padded rows, groups]; zeros None: 8 or 128. float8 has one
     scale a row, float32 [padded rows]. `bias` [rows].
@@ -43,13 +43,25 @@ class Weight:
         return f"int{self.bits}" if self.bits else str(self.data.dtype).removeprefix("torch.").removesuffix("_e4m3fn")
 
     @property
+    def fields(self) -> int:
+        """Inputs in an element of `data`."""
+        return 16 // self.bits if self.bits else 1
+
+    @property
     def unit(self) -> int:
-        """Inputs that a lane loads at a time: 16 bytes of them."""
-        return 128 // self.bits if self.bits else 16 // self.data.itemsize
+        """Inputs that are never told apart: a block of integers, or what a lane loads at a time."""
+        return BLOCK * self.fields if self.bits else 16 // self.data.itemsize
 
     @property
     def padded_inner(self) -> int:
-        return self.data.shape[1] * self.unit if self.bits else self.data.shape[1]
+        return self.data.shape[1] * self.fields
+
+    def step(self, inputs: int) -> int:
+        """Elements with at most `inputs` inputs that are whole blocks and, if they are several, share a scale."""
+        found = inputs // self.fields
+        while self.bits and found > BLOCK and self.group % (found * self.fields) and self.group < self.padded_inner:
+            found //= 2
+        return max(BLOCK, found)
 
     @property
     def nbytes(self) -> int:
@@ -81,20 +93,29 @@ def integers(
     q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int, group: int | None,
     bias: torch.Tensor | None = None,
 ) -> Weight:  # fmt: skip
-    """`q` [rows, inner], signed; `scales` and `zeros` [rows, groups]. Raises ValueError for groups that no unit fits in."""
+    """`q` [rows, inner], signed; `scales` and `zeros` [rows, groups]. Raises ValueError for groups that blocks do not go with."""
     rows, inner = q.shape
-    unit, offset = 128 // bits, 1 << (bits - 1)
-    group = group or -(-inner // unit) * unit
-    if group % unit or scales.shape[1] != -(-inner // group):
+    offset, block = 1 << (bits - 1), BLOCK * 16 // bits
+    padded = -(-inner // block) * block
+    group = padded if group is None or group >= inner else group
+    if not fits(bits, group, inner) or scales.shape[1] != -(-inner // group):
         raise ValueError(f"groups of {group} inputs, {scales.shape[1]} of them in {inner}")
-    stored = torch.full((-(-rows // ROWS) * ROWS, -(-inner // unit) * unit), offset, dtype=torch.int32, device=q.device)
+    stored = torch.full((-(-rows // ROWS) * ROWS, padded), offset, dtype=torch.int32, device=q.device)
     stored[:rows, :inner] = q.to(torch.int32) + offset
-    fields = stored.view(len(stored), -1, 32 // bits, 4)
-    words = torch.zeros_like(fields[:, :, 0])
-    for field, begin in enumerate(FIELDS[bits]):
-        words |= fields[:, :, field] << begin
-    moved = None if zeros is None else _padded((zeros.to(torch.int32) + offset).to(scales.dtype), 1)
-    return Weight(rows, inner, words, bits, group, _padded(scales, 1), moved, bias)
+    fields = stored.view(len(stored), -1, 16 // bits, BLOCK)
+    elements = torch.zeros_like(fields[:, :, 0])
+    for field in range(16 // bits):
+        elements |= fields[:, :, field] << (field * bits)
+    moved = None if zeros is None else _padded((zeros.to(torch.int32) + offset).to(scales.dtype), -(-padded // group))
+    return Weight(
+        rows, inner, elements.to(torch.int16).flatten(1), bits, group, _padded(scales, -(-padded // group)), moved, bias
+    )
+
+
+def fits(bits: int, group: int | None, inner: int) -> bool:
+    """Whether groups are whole blocks, or two of them one; None, or at least `inner`: there is one group."""
+    block = BLOCK * 16 // bits
+    return group is None or group >= inner or group % block == 0 or 2 * group == block
 
 
 def dense(weight: Weight) -> torch.Tensor:
@@ -103,9 +124,9 @@ def dense(weight: Weight) -> torch.Tensor:
         found = weight.data.float()
         return (found if weight.scales is None else found * weight.scales[:, None])[: weight.rows, : weight.inner]
     assert weight.scales is not None
-    mask = (1 << weight.bits) - 1
-    fields = torch.stack([weight.data >> begin & mask for begin in FIELDS[weight.bits]], 2)
-    stored = fields.reshape(len(weight.data), -1).float()
+    blocks = weight.data.view(len(weight.data), -1, 1, BLOCK).int()
+    fields = [blocks >> (field * weight.bits) & ((1 << weight.bits) - 1) for field in range(weight.fields)]
+    stored = torch.cat(fields, 2).flatten(1).float()
     zeros = 1 << (weight.bits - 1) if weight.zeros is None else _spread(weight.zeros, weight.group, stored.shape[1])
     found = (stored - zeros) * _spread(weight.scales, weight.group, stored.shape[1])
     return found[: weight.rows, : weight.inner]

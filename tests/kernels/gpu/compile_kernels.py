@@ -15,16 +15,17 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from gpu_models import SHAPES, outline
 
 from infopt.kernels.gpu import launches
-from infopt.kernels.gpu.choices import Table, candidates, key
+from infopt.kernels.gpu.choices import Table, candidates
 from infopt.kernels.gpu.ops import kernels
+from infopt.kernels.gpu.products import Behind, Feed
 from infopt.runtime.device_tuning import roles
 from infopt.runtime.graph_step import GraphStep
 
 #: Shape, kind of weights, rows, tokens of each; and whether what else would be timed is compiled too.
 STEPS = [
     ("8B", "bfloat16", 1, 1, True), ("8B", "int4", 1, 1, True), ("8B", "int8", 1, 1, False), ("8B", "float8", 1, 1, False),
-    ("8B", "int4", 8, 1, True), ("8B", "int4", 64, 1, True), ("8B", "int8", 64, 1, False), ("0.6B", "bfloat16", 2, 5, True),
-    ("1B", "bfloat16", 64, 1, True),
+    ("8B", "int4", 8, 1, True), ("8B", "int4", 64, 1, True), ("8B", "int8", 64, 1, False), ("8B", "float8", 8, 1, False),
+    ("0.6B", "bfloat16", 2, 5, True), ("1B", "bfloat16", 64, 1, True),
 ]  # fmt: skip
 #: Those that are compiled for A100, too; float8 is no type of it.
 BOTH = ("bfloat16", "int4")
@@ -37,11 +38,14 @@ def launched(shape: str, kind: str, rows: int, tokens: int, others: bool) -> lis
         count = rows * tokens
         for role in [roles(model)[0], roles(model)[3]] if others else []:
             weight = role.weights[0]
-            x = torch.empty(count, weight.inner, dtype=torch.bfloat16, device="meta")
-            gain = torch.empty(weight.inner, dtype=torch.bfloat16, device="meta") if role.has_norm else None
-            for choice in candidates(weight, count, torch.bfloat16)[1:]:
-                table.chosen = {key(weight, count, torch.bfloat16, role.has_norm, None): choice}
-                kernels(table, 132).product(x, weight, gain=gain)
+            x, squares = (torch.empty(*size, dtype=dtype, device="meta") for size, dtype in (
+                ((count, weight.inner), torch.bfloat16), ((64, count), torch.float32)
+            ))  # fmt: skip
+            gain = torch.empty(weight.rows, dtype=torch.bfloat16, device="meta") if role.feeds_norm else None
+            asked = role.asked(weight, count, torch.bfloat16)
+            for choice in candidates(asked)[1:]:
+                table.chosen = {asked.key: choice}
+                kernels(table, 132).product(Feed(x, squares if role.has_norm else None, 1e-5), weight, Behind(gain=gain))
     return found
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from infopt.kernels.gpu import ops
-from infopt.kernels.gpu.choices import METHOD, Choice, Table, bucket, candidates, enough, is_too_large, key
+from infopt.kernels.gpu.choices import METHOD, Asked, Choice, Table, bucket, candidates, enough, is_too_large
 from infopt.kernels.gpu.ops import splits_of
+from infopt.kernels.gpu.products import Behind, Feed
 from infopt.kernels.gpu.weight import Weight, float8, plain
 from infopt.kernels.gpu.weight import integers as packed_integers
 from infopt.kernels.packed import rounded
@@ -25,28 +27,27 @@ def made(kind: str) -> Weight:
 
 
 def test_the_fastest_is_kept(tmp_path: Path) -> None:
-    weight, path = made("int4"), tmp_path / "of" / "gpu.json"
+    asked, path = Asked(made("int4"), 1, torch.bfloat16, has_norm=True), tmp_path / "of" / "gpu.json"
     table = Table(path)
     tried: list[Choice] = []
 
     def race(choices: Sequence[Choice]) -> tuple[dict[Choice, float], dict[Choice, str]]:
         tried.extend(choices)
-        vectors = {each: "OutOfResources: shared memory" for each in choices if each.way == "vector"}
-        rest = [each for each in choices if each not in vectors]
-        return {each: 1e-6 if each.splits == 1 else 2e-6 for each in rest}, vectors
+        slices = {each: "OutOfResources: shared memory" for each in choices if each.way == "slices"}
+        rest = [each for each in choices if each not in slices]
+        return {each: 1e-6 if each.way == "tiles" else 2e-6 for each in rest}, slices
 
-    assert table.find(weight, 1, torch.bfloat16, True, None).way == "vector"  # nothing was timed yet
-    table.tune(weight, 1, torch.bfloat16, True, None, race)
-    assert tried == candidates(weight, 1, torch.bfloat16)
-    found = table.find(weight, 1, torch.bfloat16, True, None)
-    assert (found.way, found.splits) == ("tiles", 1)
+    assert table.find(asked).way == "slices"  # nothing was timed yet
+    table.tune(asked, race)
+    assert tried == candidates(asked)
+    assert table.find(asked).way == "tiles"
     assert [why for _, why in next(iter(table.failed.values()))] == ["OutOfResources: shared memory"] * 5
     again = Table(path)
-    assert again.find(weight, 1, torch.bfloat16, True, None) == found
-    again.tune(weight, 1, torch.bfloat16, True, None, lambda choices: pytest.fail("it is known"))
-    for other in ((torch.bfloat16, False), (torch.float16, True)):  # other products
-        assert again.find(weight, 1, *other, None).way == "vector"
-    Table(is_timed=False).tune(weight, 1, torch.bfloat16, True, None, lambda choices: pytest.fail("it was not asked for"))
+    assert again.find(asked) == table.find(asked)
+    again.tune(asked, lambda choices: pytest.fail("it is known"))
+    for other in ({"has_norm": False}, {"dtype": torch.float16}, {"feeds_norm": True}, {"activation": 0}, {"rows": 2}):
+        assert again.find(replace(asked, **other)).way == "slices"  # other products
+    Table(is_timed=False).tune(asked, lambda choices: pytest.fail("it was not asked for"))
 
 
 @pytest.mark.parametrize("content", ["", "{", json.dumps({"method": METHOD + 1, "chosen": {}}), json.dumps({"method": METHOD})])
@@ -59,13 +60,14 @@ def test_a_broken_or_older_file_is_written_anew(tmp_path: Path, content: str) ->
 def test_candidates_are_what_the_kind_and_the_rows_allow() -> None:
     for kind in ("bfloat16", "int4", "float8"):
         for rows in (1, 3, 8, 64, 300):
-            found = candidates(made(kind), rows, torch.bfloat16)
+            found = candidates(Asked(made(kind), rows, torch.bfloat16))
             ways = {choice.way for choice in found}
             assert len(set(found)) == len(found) <= 9
             if kind == "float8" and rows >= 32:
                 assert ways == {"scaled"}  # whichever is faster: it is another result
                 continue
-            assert ("vector" in ways) == (rows <= 8)
+            assert ("vector" in ways) == (rows <= 4 and kind != "int4")
+            assert ("slices" in ways) == (rows <= 16)
             assert "scaled" not in ways
             assert "library" in ways
 
@@ -73,8 +75,8 @@ def test_candidates_are_what_the_kind_and_the_rows_allow() -> None:
 def test_rows_stand_for_those_up_to_a_power_of_two() -> None:
     assert [bucket(rows) for rows in (1, 2, 3, 9, 64, 65, 100_000)] == [1, 2, 4, 16, 64, 128, 512]
     weight = made("int4")
-    assert len({key(weight, rows, torch.bfloat16, False, None) for rows in (9, 16)}) == 1
-    assert key(weight, 16, torch.bfloat16, False, None) != key(weight, 17, torch.bfloat16, False, None)
+    keys = [Asked(weight, rows, torch.bfloat16).key for rows in (9, 16, 17)]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_positions_are_split_until_a_gpu_is_busy() -> None:
@@ -99,27 +101,27 @@ def test_weights_to_go_round_are_more_than_a_cache_holds() -> None:
 
 def test_a_way_that_has_no_room_here_gives_place_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """Smaller GPUs have less shared memory than what is timed on a large one takes."""
-    weight, x, table = made("int4"), torch.randn(20, 256), Table(is_timed=False)
-    tried: list[str] = []
+    weight, feed, table = made("int4"), Feed(torch.randn(20, 256)), Table(is_timed=False)
+    tried: list[Choice] = []
 
-    def multiply(choice: Choice, x: torch.Tensor, weight: Weight, **named: object) -> torch.Tensor:
-        tried.append(f"{choice.way} {choice.splits}")
+    def multiply(choice: Choice, feed: Feed, weight: Weight, behind: Behind) -> tuple[torch.Tensor, Feed]:
+        tried.append(choice)
         if len(tried) < 2:
             raise RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376")
-        return x
+        return feed.x, feed
 
     monkeypatch.setattr(ops, "multiply", multiply)
     product = ops.kernels(table, 8).product
-    product(x, weight)
-    product(x, weight)
+    product(feed, weight)
+    product(feed, weight)
     assert len(tried) == 3
     assert tried[0] != tried[1] == tried[2]
     monkeypatch.setattr(ops, "multiply", lambda *given, **named: pytest.fail("no more"))
     assert "Hardware limit" in next(iter(table.failed.values()))[0][1]
 
-    def broken(*given: object, **named: object) -> torch.Tensor:
+    def broken(*given: object) -> tuple[torch.Tensor, Feed]:
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(ops, "multiply", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        product(x, weight)
+        product(feed, weight)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from gpu_models import SHAPES, outline
 from gpu_predict import H200, launched, predict, prediction_table
 
-from infopt.kernels.gpu import products
+from infopt.kernels.gpu import product_kernels
 from infopt.kernels.gpu.choices import Table
 from infopt.kernels.gpu.launches import recorded
 from infopt.kernels.gpu.ops import kernels
@@ -20,23 +20,25 @@ from infopt.runtime.graph_step import GraphStep
 
 
 def test_one_row_takes_six_launches_a_layer() -> None:
-    before = products.vector_integers
+    before = product_kernels.slices
     with recorded() as found:
         GraphStep(outline(SHAPES["8B"], "int4"), ops=kernels(Table(), 132)).rehearse(1, 1)
     counts = Counter(launch.name for launch in found)
     assert counts == {
-        "vector_integers": 4 * 32, "attend": 32, "gather": 32, "vector_floats": 1, "largest": 1, "largest_of_blocks": 1,
+        "rms_norm": 1, "slices": 4 * 32, "attend": 32, "gather": 32, "vector": 1, "largest": 1, "largest_of_blocks": 1,
     }  # fmt: skip
-    assert products.vector_integers is before
+    assert product_kernels.slices is before
 
 
 def test_a_launch_knows_what_is_compiled_in() -> None:
     with recorded() as found:
         GraphStep(outline(SHAPES["8B"], "int4"), ops=kernels(Table(), 132)).rehearse(1, 1)
-    first = found[0]
-    assert dict(first.signature)["w"] == "*i32"
-    assert dict(first.constants) | {"BITS": 4, "NORM": True, "ZEROS": False, "M": 1} == dict(first.constants)
-    assert first.grid == (6144 // 4, 1)
+    first, fourth = found[1], found[4]
+    assert dict(first.signature) | {"w": "*i16", "K": "i32", "M": "constexpr"} == dict(first.signature)
+    known = {"BITS": 4, "zeros": None, "squares": None, "gain": None, "M": 1, "EVEN": True}
+    assert dict(first.constants) | known == dict(first.constants)
+    assert first.grid == (6144 // 16, 1, 1)
+    assert dict(fourth.signature) | {"gain": "*bf16", "left": "*fp32", "residual": "*bf16"} == dict(fourth.signature)
 
 
 @pytest.mark.parametrize(("shape", "kind", "rows", "goal"), [
@@ -59,4 +61,4 @@ def test_shapes_have_the_weights_of_the_models() -> None:
 def test_the_table_of_predictions_has_every_shape_and_kind() -> None:
     rows = [line for line in prediction_table().splitlines() if line.startswith(("| 8B", "| 1B", "| 0.6B"))]
     assert len(rows) == 3 * 3 * 3
-    assert launched(SHAPES["8B"], "int4", 1) == 195
+    assert launched(SHAPES["8B"], "int4", 1) == 196

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infopt.kernels.gpu import products
-from infopt.kernels.gpu.weight import FIELDS, dense, float8, integers, plain
+from infopt.kernels.gpu import product_kernels
+from infopt.kernels.gpu.weight import dense, float8, integers, plain
 from infopt.kernels.packed import rounded
 
 
@@ -28,11 +28,23 @@ def test_integers_come_back_as_they_were(rows: int, inner: int, bits: int, has_z
     assert torch.equal(dense(integers(q, scales, zeros, bits, 32)), wanted)
 
 
-def test_a_word_has_inputs_four_apart() -> None:
-    q = torch.arange(32)[None].remainder(16).to(torch.int8) - 8
-    words = integers(q, torch.ones(1, 1), None, 4, 32).data[0, 0]
-    for field, begin in enumerate(FIELDS[4]):
-        assert [int(word) >> begin & 15 for word in words] == [(4 * field + t) % 16 for t in range(4)]
+def test_an_element_has_inputs_sixteen_apart() -> None:
+    q = torch.arange(128)[None].remainder(16).add(torch.arange(128) // 16).remainder(16).to(torch.int8) - 8
+    elements = integers(q, torch.ones(1, 1), None, 4, 128).data[0]
+    assert elements.shape == (32,)
+    for place, element in enumerate(elements.tolist()):
+        inputs = [place // 16 * 64 + 16 * field + place % 16 for field in range(4)]
+        assert [element >> 4 * field & 15 for field in range(4)] == [int(q[0, each]) + 8 for each in inputs]
+
+
+@pytest.mark.parametrize(("bits", "group", "inputs", "elements"), [
+    (4, 128, 128, 32), (4, 64, 128, 16), (4, 32, 128, 16), (4, 128, 256, 32), (4, 192, 128, 16), (4, None, 128, 32),
+    (8, 128, 128, 64), (8, 32, 128, 16), (8, None, 64, 32),
+])  # fmt: skip
+def test_a_step_is_whole_blocks_of_one_scale(bits: int, group: int | None, inputs: int, elements: int) -> None:
+    groups = 1 if group is None else 768 // group
+    made = integers(torch.zeros(2, 768, dtype=torch.int8), torch.ones(2, groups), None, bits, group)
+    assert made.step(inputs) == elements
 
 
 def test_one_scale_a_row_is_a_group_as_long_as_the_row() -> None:
@@ -42,7 +54,7 @@ def test_one_scale_a_row_is_a_group_as_long_as_the_row() -> None:
 
 
 @pytest.mark.parametrize(("bits", "group", "groups"), [(4, 16, 4), (8, 8, 8), (4, 32, 3)])
-def test_groups_that_no_load_fits_in_are_refused(bits: int, group: int, groups: int) -> None:
+def test_groups_that_go_with_no_blocks_are_refused(bits: int, group: int, groups: int) -> None:
     with pytest.raises(ValueError, match="groups of"):
         integers(torch.zeros(2, 64, dtype=torch.int8), torch.ones(2, groups), None, bits, group)
 
@@ -74,22 +86,41 @@ def prmt(a: int, b: int, selector: int) -> int:
     return sum((both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4))
 
 
-def float32_of(bits: int) -> float:
-    return float(torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32))
+def halves(bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """The two numbers of 16 bits in a register, the low one first."""
+    return torch.tensor([bits], dtype=torch.int64).to(torch.int32).view(dtype)
+
+
+def made_of(code: str, pair: int, operand: int, dtype: torch.dtype) -> list[float]:
+    """The two numbers that assembly makes of a register and an operand, by what PTX says of its instructions."""
+    known = {"$1": pair, "$2": operand}
+    found = torch.empty(2)
+    for line in code.strip("{}").split(";")[1:]:  # after what registers there are
+        name, to, *read = re.split(r",?\s+", line.strip()) if line.strip() else ("", "")
+        values = [known[each] if each in known else int(each, 16) for each in read]
+        if name == "mov.b32":
+            known[to] = values[0]
+        elif name == "shr.b32":
+            known[to] = values[0] >> values[1]
+        elif name in ("lop3.b32", "prmt.b32"):
+            known[to] = (lop3 if name == "lop3.b32" else prmt)(*values)
+        elif name:
+            assert name == ("add.rn.f16x2" if dtype == torch.float16 else "fma.rn.bf16x2")
+            first, *rest = (halves(value, dtype).double() for value in values)
+            found = first + rest[0] if len(rest) == 1 else first * rest[0] + rest[1]
+            assert torch.equal(found.to(dtype).double(), found)  # nothing is rounded
+    return [float(each) for each in found]
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_what_instructions_make_of_a_word_is_its_fields(word: int) -> None:
-    """The kernels' assembly, which interpreters do not run, by what PTX says of it."""
-    source = inspect.getsource(products)
-    masks = re.findall(r"lop3\.b32 \$0, \$1, (0x\w+), (0x\w+), (0x\w+);", source)
-    assert len(masks) == 2
-    turned = {0: word, 1: word << 8, 2: word >> 8, 3: word << 16 | word >> 16}
-    for field, begin in enumerate(FIELDS[4]):
-        mask, exponent, table = (int(number, 16) for number in masks[field % 2])
-        found = float32_of(lop3(turned[field // 2] & 0xFFFFFFFF, mask, exponent, table))
-        assert found == (word >> begin & 15) + (2048 >> (4 * (field % 2)))
-    assert 'prmt.b32 $0, $1, 0x4B000000, $2;", "=r,r,r", [words, chosen]' in source
-    assert "tl.full(words.shape, 0x7540 + J, tl.int32)" in source
-    for field, begin in enumerate(FIELDS[8]):
-        assert float32_of(prmt(word, 0x4B000000, 0x7540 + field)) == (word >> begin & 255) + 2**23
+def test_what_instructions_make_of_two_elements_is_their_fields(pair: int) -> None:
+    """The kernels' assembly, which interpreters do not run."""
+    source = inspect.getsource(product_kernels._numbers.fn)
+    blocks = [re.sub(r'"\s+"', "", found) for found in re.findall(r'"(\{.*?\})"', source, re.S)]
+    operands = re.findall(r"tl\.full\(e\.shape, (.*?), tl\.int32\)", source)
+    cases = [(4, torch.bfloat16), (4, torch.float16), (8, torch.bfloat16), (8, torch.float16)]
+    for code, operand, (bits, dtype) in zip(blocks, operands, cases, strict=True):
+        for field in range(16 // bits):
+            number = eval(operand, {"F": field})
+            wanted = [(pair >> 16 * element + bits * field & ((1 << bits) - 1)) - (1 << (bits - 1)) for element in range(2)]
+            assert made_of(code, pair, number, dtype) == wanted
