@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from conftest_runtime import SHAPES, VOCABULARY, off, wanted
+from ptx import teach
 
 from infopt.errors import InputError
+from infopt.kernels.gpu import products
 from infopt.kernels.gpu.choices import Table
 from infopt.kernels.gpu.ops import TWINS, kernels
 from infopt.kernels.gpu.weight import dense, float8, integers
@@ -80,6 +82,24 @@ def test_the_kernels_are_the_twins(make: Make) -> None:
         assert off(kernel.logits, twin.logits.cpu()) < 1e-4
         assert kernel.tokens == twin.tokens
         assert kernel.margins == pytest.approx(twin.margins, abs=1e-3)
+
+
+@pytest.mark.parametrize("weights", ["int4", "float8"])
+def test_a_step_as_a_gpu_computes_it(make: Make, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, with the assembly that only GPUs have; norms go with the products around them."""
+    if DEVICE == "cpu":
+        teach(monkeypatch)
+        monkeypatch.setattr(products, "_has_asm", lambda x: True)
+    model = make("qwen3", num_hidden_layers=1).bfloat16()
+    found = []
+    for ops in (TWINS, kernels(Table(), 8)):
+        step = opened(model, ops=ops, weights=weights)
+        sequences = [step.open(), step.open()]
+        step.run([Run(sequences[0], IDS[:20]), Run(sequences[1], IDS[5:8])])
+        runs = ([Run(sequences[0], [7]), Run(sequences[1], [9, 8])], [Run(sequences[0], [3])])
+        found.append([step.run(each).logits for each in runs])
+    for twin, kernel in zip(*found, strict=True):
+        assert off(kernel.cpu(), twin.cpu()) < 2e-2  # what rounding in another order makes of bfloat16
 
 
 def test_rows_of_unequal_length_do_not_see_each_other(make: Make) -> None:

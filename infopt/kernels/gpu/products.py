@@ -132,7 +132,7 @@ def by_tiles(
     kernel, given = (kernels.slices, {"WAYS": ways}) if ways else (kernels.tiles, {})
     kernel[programs, -(-len(x) // rows), splits](
         x, weight.data, weight.scales, weight.zeros, sums=sums, row=row, groups=grid, BM=rows, BN=block, STEP=step,
-        BITS=weight.bits or 0, GROUP=weight.group, SPLITS=splits, ASM=x.device.type != "cpu",  # there kernels are interpreted
+        BITS=weight.bits or 0, GROUP=weight.group, SPLITS=splits, ASM=_has_asm(x),
         EVEN=row % (step * max(1, ways)) == 0 and row * weight.fields == weight.inner, num_warps=warps, num_stages=stages,
         **given, **around,
     )  # fmt: skip
@@ -154,3 +154,8 @@ def widened(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
         BITS=weight.bits, GROUP=weight.group,
     )  # fmt: skip
     return out
+
+
+def _has_asm(x: torch.Tensor) -> bool:
+    """On the CPU kernels are interpreted."""
+    return x.device.type != "cpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ptx import teach
 
 from infopt.kernels.gpu import norm, ops, products
 from infopt.kernels.gpu.choices import Choice
@@ -25,9 +26,9 @@ def weight(kind: str, rows: int, inner: int, bias: bool = False, group: int = 32
     if kind == "int4 by rows":
         q, scales = rounded(found, 4, inner)
         return integers(q, scales, None, 4, None, beside)
-    bits = 8 if kind == "int8" else 4
+    bits = 8 if "int8" in kind else 4
     q, scales = rounded(found, bits, group)
-    zeros = torch.randint(-8, 8, scales.shape, dtype=torch.int8) if "zeros" in kind else None
+    zeros = torch.randint(-(1 << bits - 1), 1 << bits - 1, scales.shape, dtype=torch.int8) if "zeros" in kind else None
     return integers(q, scales, zeros, bits, group, beside)
 
 
@@ -121,17 +122,21 @@ def test_extremes(choice: Choice, device: str) -> None:
     assert torch.equal(after, torch.zeros(1, 4))  # a norm of nothing
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])])  # interpreters: not
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("way", ["slices", "tiles"])
-def test_half_precision(way: str, dtype: torch.dtype, device: str) -> None:
-    """Integers go into products exactly, and sums are float32: all that is lost is the result's rounding."""
+@pytest.mark.parametrize("kind", ["int4", "int8", "int4 with zeros", "int8 with zeros"])
+def test_as_a_gpu_multiplies(kind: str, way: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the assembly that only GPUs have. Integers go into products exactly, float32 as three numbers of bfloat16, and sums
+    are float32: all that is lost is the result's rounding."""
+    if device == "cpu":
+        teach(monkeypatch)
+        monkeypatch.setattr(products, "_has_asm", lambda x: True)
     torch.manual_seed(3)
-    for kind in ("int4", "int8", "int4 with zeros"):
-        made, x = weight(kind, 64, 160), torch.randn(2, 160).to(dtype)
-        for fused in ("alone", "norm before", "norm behind"):
-            found, wanted = both(WAYS[way], x, made, fused, device, torch.float32)
-            assert off(found, wanted) < CLOSE
-        assert both(WAYS[way], x, made, "alone", device)[0].dtype == dtype
+    made, x = weight(kind, 64, 160), torch.randn(2, 160).to(dtype)
+    for fused in ("alone", "norm before", "norm behind"):
+        found, wanted = both(WAYS[way], x, made, fused, device, torch.float32)
+        assert off(found, wanted) < CLOSE
+    assert both(WAYS[way], x, made, "alone", device)[0].dtype == dtype
 
 
 def test_the_same_on_every_run(device: str) -> None:

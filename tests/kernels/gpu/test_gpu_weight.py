@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ptx import halves, ran
 
 from infopt.kernels.gpu import product_kernels
 from infopt.kernels.gpu.weight import dense, float8, integers, plain
@@ -75,52 +77,15 @@ def test_float8_is_within_half_a_step_of_each_number() -> None:
     assert torch.allclose(dense(made).abs().amax(1, keepdim=True), largest)
 
 
-def lop3(a: int, b: int, c: int, table: int) -> int:
-    """PTX's: bit by bit what `table` says of three bits."""
-    return sum((table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1) << i for i in range(32))
-
-
-def prmt(a: int, b: int, selector: int) -> int:
-    """PTX's: four bytes, each chosen from the eight of `a` and `b`."""
-    both = a | b << 32
-    return sum((both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4))
-
-
-def halves(bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """The two numbers of 16 bits in a register, the low one first."""
-    return torch.tensor([bits], dtype=torch.int64).to(torch.int32).view(dtype)
-
-
-def made_of(code: str, pair: int, operand: int, dtype: torch.dtype) -> list[float]:
-    """The two numbers that assembly makes of a register and an operand, by what PTX says of its instructions."""
-    known = {"$1": pair, "$2": operand}
-    found = torch.empty(2)
-    for line in code.strip("{}").split(";")[1:]:  # after what registers there are
-        name, to, *read = re.split(r",?\s+", line.strip()) if line.strip() else ("", "")
-        values = [known[each] if each in known else int(each, 16) for each in read]
-        if name == "mov.b32":
-            known[to] = values[0]
-        elif name == "shr.b32":
-            known[to] = values[0] >> values[1]
-        elif name in ("lop3.b32", "prmt.b32"):
-            known[to] = (lop3 if name == "lop3.b32" else prmt)(*values)
-        elif name:
-            assert name == ("add.rn.f16x2" if dtype == torch.float16 else "fma.rn.bf16x2")
-            first, *rest = (halves(value, dtype).double() for value in values)
-            found = first + rest[0] if len(rest) == 1 else first * rest[0] + rest[1]
-            assert torch.equal(found.to(dtype).double(), found)  # nothing is rounded
-    return [float(each) for each in found]
-
-
 @given(st.integers(0, 2**32 - 1))
 def test_what_instructions_make_of_two_elements_is_their_fields(pair: int) -> None:
-    """The kernels' assembly, which interpreters do not run."""
+    """The kernels' assembly by what PTX says of it."""
     source = inspect.getsource(product_kernels._numbers.fn)
-    blocks = [re.sub(r'"\s+"', "", found) for found in re.findall(r'"(\{.*?\})"', source, re.S)]
+    codes = [re.sub(r'"\s+"', "", found) for found in re.findall(r'"(\{.*?\})"', source, re.S)]
     operands = re.findall(r"tl\.full\(e\.shape, (.*?), tl\.int32\)", source)
     cases = [(4, torch.bfloat16), (4, torch.float16), (8, torch.bfloat16), (8, torch.float16)]
-    for code, operand, (bits, dtype) in zip(blocks, operands, cases, strict=True):
+    for code, operand, (bits, dtype) in zip(codes, operands, cases, strict=True):
         for field in range(16 // bits):
-            number = eval(operand, {"F": field})
+            found = ran(code, np.array([pair], np.uint32), np.array([eval(operand, {"F": field})], np.uint32))
             wanted = [(pair >> 16 * element + bits * field & ((1 << bits) - 1)) - (1 << (bits - 1)) for element in range(2)]
-            assert made_of(code, pair, number, dtype) == wanted
+            assert halves(found, dtype).tolist() == [wanted]
