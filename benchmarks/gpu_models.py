@@ -88,17 +88,18 @@ def outline(shape: Shape, kind: str, group: int = GROUP) -> DeviceModel:
     heads = Heads(shape.heads, shape.kv_heads, shape.head_dim, turns, turns, shape.head_dim**-0.5, 0, own, own, 1e-5)
     width = shape.heads * shape.head_dim
     layer = Layer(
-        _weight(width + 2 * shape.kv_heads * shape.head_dim, shape.hidden, kind, group),
-        _weight(shape.hidden, width, kind, group),
-        _weight(2 * shape.intermediate, shape.hidden, kind, group), _weight(shape.hidden, shape.intermediate, kind, group), heads,
+        weight(width + 2 * shape.kv_heads * shape.head_dim, shape.hidden, kind, group),
+        weight(shape.hidden, width, kind, group),
+        weight(2 * shape.intermediate, shape.hidden, kind, group), weight(shape.hidden, shape.intermediate, kind, group), heads,
         gain, None, gain, None,
     )  # fmt: skip
-    head = _weight(shape.vocabulary, shape.hidden, "bfloat16", group)
+    head = weight(shape.vocabulary, shape.hidden, "bfloat16", group)
     outside = Outside(head.data, 1.0, gain, head, shape.is_tied)
     return DeviceModel((layer,) * shape.layers, outside, shape.context, 1e-5, 0, torch.bfloat16)
 
 
-def _weight(rows: int, inner: int, kind: str, group: int) -> Weight:
+def weight(rows: int, inner: int, kind: str, group: int) -> Weight:
+    """Without its numbers."""
     padded = -(-rows // ROWS) * ROWS
     if kind in ("bfloat16", "float8"):
         data = torch.empty(padded, inner, dtype=torch.bfloat16 if kind == "bfloat16" else FLOAT8, device="meta")

@@ -1,7 +1,8 @@
 """What a GPU could do, and what a step should take on it: bytes over its read rate, and a little for every launch.
 
 limit     max((W + b·k·n)/BW, b·(2·P + 4·L·H·d·n)/F)      as in infopt.measure.roofline
-expected  the same at the share of BW that kernels of this size reach, and the seconds of a launch for each of them
+expected  the same at the share of BW that kernels of this size reach, or what their instructions take, if that is longer; and the
+          seconds of a launch for each of them
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from gpu_models import SHAPES, Shape, outline
+from gpu_models import SHAPES, Shape, outline, weight
 
 from infopt.kernels.gpu import launches
-from infopt.kernels.gpu.choices import Table
+from infopt.kernels.gpu.choices import Asked, Table, candidates
 from infopt.kernels.gpu.ops import kernels
 from infopt.kernels.gpu.weight import FLOAT8
 from infopt.measure.peaks import measure_machine
@@ -25,6 +26,17 @@ from infopt.runtime.graph_step import GraphStep
 #: Of the read rate, that a product or attention alone is expected to reach.
 REACHED = 0.92
 BUFFER, MATRIX = 2 << 30, 8192
+#: Machine instructions a weight that the likeliest ways take on Hopper, groups of 128, for 64 rows of x at most: counted in what
+#: the compiler makes of them (tests/kernels/gpu/test_gpu_machine_code.py).
+INSTRUCTIONS = {
+    ("vector", "bfloat16"): 3.7, ("vector", "float8"): 3.7, ("slices", "bfloat16"): 1.9, ("slices", "float8"): 3.5,
+    ("slices", "int4"): 2.4, ("slices", "int8"): 2.9, ("tiles", "bfloat16"): 2.1, ("tiles", "int4"): 4.0, ("tiles", "int8"): 4.5,
+}  # fmt: skip
+#: Instructions that a multiprocessor's lanes can be given a cycle, what share of them kernels are expected to get, and cycles a
+#: second under load.
+LANES, ISSUED, CLOCK = 128, 0.75, 1.7e9
+#: Multiprocessors that only a GPU has.
+MANY = 8
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ H200 = Ceilings(4.3e12, 4.3e12, 790e12, None, 1.3e-6, 132)
 
 @dataclass(frozen=True)
 class Prediction:
-    """Tokens per second of all rows together. `bound`: memory, compute, or launches where these are over a third."""
+    """Tokens per second of all rows together. `bound`: memory, compute, instructions; launches where these are over a third."""
 
     limit: float
     expected: float
@@ -114,12 +126,27 @@ def predict(shape: Shape, kind: str | None, weights_bytes: float, rows: int, con
     count; None: of another engine, whose do not."""
     kv = rows * context * 2 * shape.layers * shape.kv_heads * shape.head_dim * 2
     flops = rows * (2 * (shape.linear + shape.head) + 4 * shape.layers * shape.heads * shape.head_dim * context)
-    memory, compute = (weights_bytes + kv) / ceilings.read, flops / ceilings.bfloat16
-    limit, count = max(memory, compute), launched(shape, kind, rows) if kind else None
+    parts = {"memory": (weights_bytes + kv) / ceilings.read, "compute": flops / ceilings.bfloat16}
+    limit, count = max(parts.values()), launched(shape, kind, rows) if kind else None
     beside = (count or 0) * ceilings.launch_s
-    expected = max(memory / REACHED, compute / REACHED) + beside
-    bound = "launches" if beside > expected / 3 else "memory" if memory >= compute else "compute"
+    taken = {name: seconds / REACHED for name, seconds in parts.items()}
+    if kind and ceilings.multiprocessors > MANY:
+        issued = ISSUED * ceilings.multiprocessors * LANES * CLOCK
+        taken["instructions"] = instructions(shape, kind, rows) / issued
+    expected = max(taken.values()) + beside
+    bound = "launches" if beside > expected / 3 else max(taken, key=lambda name: taken[name])
     return Prediction(rows / limit, rows / expected, bound, count)
+
+
+def instructions(shape: Shape, kind: str, rows: int) -> float:
+    """Of a step's products, over all lanes; the head is bfloat16."""
+
+    def each(kind: str) -> float:
+        asked = Asked(weight(shape.hidden, shape.hidden, kind, min(128, shape.hidden)), rows, torch.bfloat16)
+        way = next(choice.way for choice in candidates(asked) if choice.way != "library")
+        return -(-rows // 64) * INSTRUCTIONS.get((way, kind), 0.0)
+
+    return shape.linear * each(kind) + shape.head * each("bfloat16")
 
 
 def launched(shape: Shape, kind: str, rows: int, tokens: int = 1) -> int:
@@ -135,16 +162,16 @@ def prediction_table(ceilings: Ceilings = H200) -> str:
     lines = [
         ceilings.about,
         "",
-        "| shape | weights | rows | read, GB | launches | limit, tok/s | expected, tok/s | of the limit |",
+        "| shape | weights | rows | read, GB | launches | limit, tok/s | expected, tok/s | of the limit | bound |",
     ]
-    lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|---:|---|"]
     for name, shape in SHAPES.items():
         for kind in ("bfloat16", "int8", "int4") if name != "tiny" else ():
             read = outline(shape, kind).read_bytes
             for rows in (1, 8, 64):
                 found = predict(shape, kind, read, rows, 640 if rows == 1 else 1088, ceilings)
                 rates = f"{found.limit:.0f} | {found.expected:.0f} | {found.expected / found.limit:.0%}"
-                lines.append(f"| {name} | {kind} | {rows} | {read / 1e9:.2f} | {found.launches} | {rates} |")
+                lines.append(f"| {name} | {kind} | {rows} | {read / 1e9:.2f} | {found.launches} | {rates} | {found.bound} |")
     return "\n".join(lines)
 
 

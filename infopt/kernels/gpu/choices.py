@@ -104,11 +104,8 @@ def _vectors(weight: Weight, count: int) -> list[Choice]:
 def _slices(weight: Weight, count: int) -> list[Choice]:
     tile = max(8, count)
     sizes = ((16, 8, 4, 3), (16, 16, 8, 2), (32, 8, 4, 3), (32, 8, 8, 3), (16, 4, 4, 4))
-    splits = 2 if len(weight.data) // 16 < PROGRAMS // 3 and weight.padded_inner >= 2048 else 1
-    return [
-        Choice("slices", block, tile, warps, 128 if weight.bits else 64, splits, stages, ways)
-        for block, ways, warps, stages in sizes
-    ]
+    inputs = 128 if weight.bits else 64
+    return [Choice("slices", block, tile, warps, inputs, 1, stages, ways) for block, ways, warps, stages in sizes]
 
 
 def _tiles(weight: Weight, count: int) -> list[Choice]:

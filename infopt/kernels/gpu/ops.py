@@ -72,11 +72,11 @@ def multiply(choice: Choice, feed: Feed, weight: Weight, behind: Behind = ALONE)
     """`products.twin` the chosen way."""
     if choice.way == "vector":
         return products.by_vector(feed, weight, behind, block=choice.block, rows=choice.rows, warps=choice.warps)
-    if choice.way in ("tiles", "slices"):
-        return products.by_tiles(
-            feed, weight, behind, block=choice.block, rows=choice.rows, inputs=choice.inputs, splits=choice.splits,
-            ways=choice.ways, warps=choice.warps, stages=choice.stages,
-        )  # fmt: skip
+    tile = {"block": choice.block, "rows": choice.rows, "inputs": choice.inputs, "warps": choice.warps, "stages": choice.stages}
+    if choice.way == "slices":
+        return products.by_slices(feed, weight, behind, ways=choice.ways, **tile)
+    if choice.way == "tiles":
+        return products.by_tiles(feed, weight, behind, splits=choice.splits, **tile)
     x = feed.x if feed.squares is None else feed.normed().to(feed.x.dtype)
     y = _scaled(x, weight) if choice.way == "scaled" else torch.nn.functional.linear(x, products.widened(weight, x.dtype))
     y = _behind(y[:, : weight.rows], weight, behind).to(behind.dtype or x.dtype)

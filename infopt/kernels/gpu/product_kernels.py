@@ -135,9 +135,34 @@ def _grids(scales, zeros, grid, i, row, BITS: tl.constexpr, GROUP: tl.constexpr)
 
 
 @triton.jit
-def slices(x, w, scales, zeros, squares, bias, residual, gain, out, fed, left, sums, M, N, K, row, groups, parts, epsilon,
+def _multiplied(total, e, xs, k, real, K, scale, zero, BITS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr,
+                EVEN: tl.constexpr, ASM: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """`total` [.., BN, BM] plus elements `e` [.., BN, STEP] times the inputs that they stand for: `xs` [.., STEP, BM] points to
+    the first fields', which are at `k`; `real`: of these rows there are some. EXACT: how float32 is multiplied."""
+    FIELDS: tl.constexpr = 16 // BITS if BITS else 1
+    SUBS: tl.constexpr = 16 * FIELDS // GROUP if BITS and GROUP < 16 * FIELDS else 1
+    for sub in tl.static_range(SUBS):
+        part = tl.zeros_like(total) if BITS else total
+        taken = tl.zeros_like(total)
+        for f in tl.static_range(sub * (FIELDS // SUBS), (sub + 1) * (FIELDS // SUBS)):
+            xk = tl.load(xs + 16 * f, mask=real if EVEN else real & (k + 16 * f < K), other=0)
+            if BITS:
+                value = _numbers(e, f, BITS, tl.bfloat16 if ASM and xk.dtype.is_fp32() else xk.dtype, ASM)
+                part = _dot(value, xk, part, ASM)
+                if ZEROS:
+                    taken = _dot(tl.full(e.shape, 1, value.dtype), xk, taken, ASM)
+            else:
+                part = tl.dot(e.to(xk.dtype), xk, part, input_precision=EXACT)
+        if ZEROS:
+            part -= _of(zero, sub, SUBS) * taken
+        total = total + part * _of(scale, sub, SUBS) if BITS else part
+    return total
+
+
+@triton.jit
+def slices(x, w, scales, zeros, squares, bias, residual, gain, out, fed, left, M, N, K, row, groups, parts, epsilon,
            BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, WAYS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-           PARTS: tl.constexpr, ACT: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+           PARTS: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """For few rows, and BN of W a program: as `tiles`, but WAYS steps of inputs at a time, each in a dot product of its own, by
     which warps divide them: all warps read weights that no other needs, and rows may be few without leaving warps idle."""
     FIELDS: tl.constexpr = 16 // BITS if BITS else 1
@@ -145,44 +170,28 @@ def slices(x, w, scales, zeros, squares, bias, residual, gain, out, fed, left, s
     SUBS: tl.constexpr = BLOCK // GROUP if BITS and GROUP < BLOCK else 1
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    each = tl.cdiv(tl.cdiv(row, WAYS * STEP), SPLITS) * (WAYS * STEP)
-    begin = tl.program_id(2) * each
     way = tl.arange(0, WAYS)[:, None] * STEP
     i = way + tl.arange(0, STEP)[None, :]
     at = rows[None, :, None].to(tl.int64) * row + i[:, None, :]
     k = (i // 16 * BLOCK + i % 16)[:, :, None]
     m3 = m[None, None, :]
+    xs = x + m3.to(tl.int64) * K + k
     grid = rows[None, :, None].to(tl.int64) * groups + tl.arange(0, SUBS)[None, None, :]
     way = way[:, :, None]
     total = tl.zeros([WAYS, BN, BM], tl.float32)
-    if BITS:
-        scale, zero = _grids(scales, zeros, grid, begin + way, row, BITS, GROUP)
-    for first in range(begin, tl.minimum(begin + each, row), WAYS * STEP):
+    scale, zero = _grids(scales, zeros, grid, way, row, BITS, GROUP) if BITS else (total, total)
+    for first in range(0, row, WAYS * STEP):
         e = _load(w + at + first, first + i[:, None, :] < row, EVEN)
         if BITS:
             next_scale, next_zero = _grids(scales, zeros, grid, first + WAYS * STEP + way, row, BITS, GROUP)
-        for sub in tl.static_range(SUBS):
-            part = tl.zeros([WAYS, BN, BM], tl.float32) if BITS else total
-            taken = tl.zeros([WAYS, BN, BM], tl.float32)
-            for f in tl.static_range(sub * (FIELDS // SUBS), (sub + 1) * (FIELDS // SUBS)):
-                to = first * FIELDS + 16 * f
-                mask = m3 < M if EVEN else (m3 < M) & (k + to < K)
-                xk = tl.load(x + m3.to(tl.int64) * K + k + to, mask=mask, other=0)
-                if BITS:
-                    value = _numbers(e, f, BITS, tl.bfloat16 if ASM and xk.dtype.is_fp32() else xk.dtype, ASM)
-                    part = _dot(value, xk, part, ASM)
-                    if zeros is not None:
-                        taken = _dot(tl.full(e.shape, 1, value.dtype), xk, taken, ASM)
-                else:
-                    part = tl.dot(e.to(xk.dtype), xk, part, input_precision="tf32x3")
-            if zeros is not None:
-                part -= _of(zero, sub, SUBS) * taken
-            total = total + part * _of(scale, sub, SUBS) if BITS else part
+        total = _multiplied(total, e, xs + first * FIELDS, k + first * FIELDS, m3 < M, K, scale, zero, BITS, GROUP,
+                            zeros is not None, EVEN, ASM, "tf32x3")  # fmt: skip
         if BITS:
             scale, zero = next_scale, next_zero
     y = tl.trans(tl.sum(total, 0))
-    _done(y, rows, m, M, N, K, scales, squares, parts, epsilon, bias, residual, gain, out, fed, left, sums, BN, BM, PARTS, ACT,
-          SPLITS, BITS)  # fmt: skip
+    if not BITS and scales is not None:
+        y *= tl.load(scales + rows)[None, :]
+    _finish(y, rows, m, M, N, K, squares, parts, epsilon, bias, residual, gain, out, fed, left, BN, BM, PARTS, ACT)
 
 
 @triton.jit
@@ -203,42 +212,19 @@ def tiles(x, w, scales, zeros, squares, bias, residual, gain, out, fed, left, su
     at = rows[:, None].to(tl.int64) * row + i[None, :]
     k = (i // 16 * BLOCK + i % 16)[:, None]
     m2 = m[None, :]
+    xs = x + m2.to(tl.int64) * K + k
     grid = rows[:, None].to(tl.int64) * groups + tl.arange(0, SUBS)[None, :]
     total = tl.zeros([BN, BM], tl.float32)
-    if BITS:
-        scale, zero = _grids(scales, zeros, grid, begin, row, BITS, GROUP)
+    scale, zero = _grids(scales, zeros, grid, begin, row, BITS, GROUP) if BITS else (total, total)
     for first in range(begin, tl.minimum(begin + each, row), STEP):
         e = _load(w + at + first, first + i[None, :] < row, EVEN)
         if BITS:
             next_scale, next_zero = _grids(scales, zeros, grid, first + STEP, row, BITS, GROUP)
-        for sub in tl.static_range(SUBS):
-            part = tl.zeros([BN, BM], tl.float32) if BITS else total
-            taken = tl.zeros([BN, BM], tl.float32)
-            for f in tl.static_range(sub * (FIELDS // SUBS), (sub + 1) * (FIELDS // SUBS)):
-                to = first * FIELDS + 16 * f
-                mask = m2 < M if EVEN else (m2 < M) & (k + to < K)
-                xk = tl.load(x + m2.to(tl.int64) * K + k + to, mask=mask, other=0)
-                if BITS:
-                    value = _numbers(e, f, BITS, tl.bfloat16 if ASM and xk.dtype.is_fp32() else xk.dtype, ASM)
-                    part = _dot(value, xk, part, ASM)
-                    if zeros is not None:
-                        taken = _dot(tl.full(e.shape, 1, value.dtype), xk, taken, ASM)
-                else:
-                    part = tl.dot(e.to(xk.dtype), xk, part, input_precision="ieee")
-            if zeros is not None:
-                part -= _of(zero, sub, SUBS) * taken
-            total = total + part * _of(scale, sub, SUBS) if BITS else part
+        total = _multiplied(total, e, xs + first * FIELDS, k + first * FIELDS, m2 < M, K, scale, zero, BITS, GROUP,
+                            zeros is not None, EVEN, ASM, "ieee")  # fmt: skip
         if BITS:
             scale, zero = next_scale, next_zero
-    _done(tl.trans(total), rows, m, M, N, K, scales, squares, parts, epsilon, bias, residual, gain, out, fed, left, sums, BN, BM,
-          PARTS, ACT, SPLITS, BITS)  # fmt: skip
-
-
-@triton.jit
-def _done(y, rows, m, M, N, K, scales, squares, parts, epsilon, bias, residual, gain, out, fed, left, sums,
-          BN: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr, SPLITS: tl.constexpr,
-          BITS: tl.constexpr):  # fmt: skip
-    """Of sums `y` [BM, BN] over all inputs or a split of them."""
+    y = tl.trans(total)
     if not BITS and scales is not None:
         y *= tl.load(scales + rows)[None, :]
     if SPLITS == 1:

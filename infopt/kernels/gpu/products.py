@@ -118,27 +118,42 @@ def by_vector(
     return out, fed
 
 
+def by_slices(
+    feed: Feed, weight: Weight, behind: Behind, *, block: int, rows: int, inputs: int, ways: int, warps: int, stages: int
+) -> tuple[torch.Tensor, Feed]:
+    """`block` rows of W and `rows` of x a program; `ways` times `inputs` inputs at a time, or as many as share scales."""
+    programs, step = len(weight.data) // block, weight.step(inputs)
+    out, fed, around = _Around(feed, weight, behind, programs).make()
+    kernels.slices[programs, -(-len(feed.x) // rows)](
+        feed.x, BM=rows, BN=block, WAYS=ways, num_warps=warps, num_stages=stages, **_read(feed.x, weight, step, ways), **around
+    )
+    return out, fed
+
+
 def by_tiles(
-    feed: Feed, weight: Weight, behind: Behind, *, block: int, rows: int, inputs: int, splits: int, ways: int, warps: int,
-    stages: int,
-) -> tuple[torch.Tensor, Feed]:  # fmt: skip
-    """Tiles of `block` rows of W, `rows` of x and `inputs` inputs, or as many as share scales; in `splits` parts. `ways`: 0, or
-    of so many tiles side by side, slices."""
+    feed: Feed, weight: Weight, behind: Behind, *, block: int, rows: int, inputs: int, splits: int, warps: int, stages: int
+) -> tuple[torch.Tensor, Feed]:
+    """Tiles of `block` rows of W, `rows` of x and `inputs` inputs, or as many as share scales; these in `splits` parts."""
     x, programs, wide = feed.x, len(weight.data) // block, min(256, triton.next_power_of_2(weight.rows))
     out, fed, around = _Around(feed, weight, behind, programs if splits == 1 else -(-weight.rows // wide)).make()
     sums = x.new_empty(splits, len(x), weight.rows, dtype=torch.float32) if splits > 1 else None
-    step, row = weight.step(inputs), weight.data.shape[1]
-    grid = weight.scales.shape[1] if weight.bits and weight.scales is not None else 0
-    kernel, given = (kernels.slices, {"WAYS": ways}) if ways else (kernels.tiles, {})
-    kernel[programs, -(-len(x) // rows), splits](
-        x, weight.data, weight.scales, weight.zeros, sums=sums, row=row, groups=grid, BM=rows, BN=block, STEP=step,
-        BITS=weight.bits or 0, GROUP=weight.group, SPLITS=splits, ASM=_has_asm(x),
-        EVEN=row % (step * max(1, ways)) == 0 and row * weight.fields == weight.inner, num_warps=warps, num_stages=stages,
-        **given, **around,
+    kernels.tiles[programs, -(-len(x) // rows), splits](
+        x, sums=sums, BM=rows, BN=block, SPLITS=splits, num_warps=warps, num_stages=stages,
+        **_read(x, weight, weight.step(inputs)), **around,
     )  # fmt: skip
     if sums is not None:
         kernels.join[-(-weight.rows // wide), len(x)](sums, BN=wide, SPLITS=splits, num_warps=2, **around)
     return out, fed
+
+
+def _read(x: torch.Tensor, weight: Weight, step: int, ways: int = 1) -> dict[str, Any]:
+    """How a weight is gone through, `ways` times `step` elements at a time."""
+    row = weight.data.shape[1]
+    return {
+        "w": weight.data, "scales": weight.scales, "zeros": weight.zeros, "row": row, "STEP": step, "BITS": weight.bits or 0,
+        "groups": weight.scales.shape[1] if weight.bits and weight.scales is not None else 0, "GROUP": weight.group,
+        "EVEN": row % (step * ways) == 0 and row * weight.fields == weight.inner, "ASM": _has_asm(x),
+    }  # fmt: skip
 
 
 def widened(weight: Weight, dtype: torch.dtype) -> torch.Tensor:

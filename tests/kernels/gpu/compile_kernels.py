@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,11 +32,21 @@ STEPS = [
 BOTH = ("bfloat16", "int4")
 
 
-def launched(shape: str, kind: str, rows: int, tokens: int, others: bool) -> list[launches.Launch]:
+def weights_a_lane(launch: launches.Launch) -> tuple[str, float] | None:
+    """Kind of weights, and how many a lane has in one turn of a product's loop."""
+    known, pointer = dict(launch.constants), dict(launch.signature).get("w")
+    bits = known.get("BITS") or 0
+    count = known.get("BN", 0) * known.get("BK", known.get("WAYS", 1) * known.get("STEP", 0)) * (16 // bits if bits else 1)
+    kind = f"int{bits}" if bits else {"*bf16": "bfloat16", "*fp8e4nv": "float8"}.get(str(pointer), "")
+    return (kind, count / 32 / launch.warps) if launch.name in ("vector", "slices", "tiles") else None
+
+
+def launched(shape: str, kind: str, rows: int, tokens: int, others: bool) -> tuple[list[launches.Launch], int]:
+    """The others behind as many that a step launches."""
     model, table = outline(SHAPES[shape], kind), Table()
     with launches.recorded() as found:
         GraphStep(model, ops=kernels(table, 132)).rehearse(rows, tokens)
-        count = rows * tokens
+        first, count = len(found), rows * tokens
         for role in [roles(model)[0], roles(model)[3]] if others else []:
             weight = role.weights[0]
             x, squares = (torch.empty(*size, dtype=dtype, device="meta") for size, dtype in (
@@ -46,20 +57,28 @@ def launched(shape: str, kind: str, rows: int, tokens: int, others: bool) -> lis
             for choice in candidates(asked)[1:]:
                 table.chosen = {asked.key: choice}
                 kernels(table, 132).product(Feed(x, squares if role.has_norm else None, 1e-5), weight, Behind(gain=gain))
-    return found
+    return found, first
 
 
 def main() -> None:
     seen = set()
     for shape, kind, rows, tokens, others in STEPS:
-        for launch in launched(shape, kind, rows, tokens, others):
+        found, first = launched(shape, kind, rows, tokens, others)
+        for place, launch in enumerate(found):
             same = (launch.name, launch.signature, launch.constants, launch.aligned, launch.warps, launch.stages)
             if same in seen:
                 continue
             seen.add(same)
             for capability in (90, 80) if kind in BOTH and shape == "8B" else (90,):
-                known = {"step": f"{shape} {kind} {rows} × {tokens}", "kernel": launch.name, "capability": capability}
-                print(json.dumps(known | vars(launches.compiled(launch, capability))), flush=True)
+                known: dict[str, Any] = {
+                    "step": f"{shape} {kind} {rows} × {tokens}",
+                    "kernel": launch.name,
+                    "capability": capability,
+                }
+                code, lane = launches.compiled(launch, capability), weights_a_lane(launch)
+                if lane is not None and place < first:
+                    known |= {"weights": lane[0], "instructions": code.loop / lane[1]}
+                print(json.dumps(known | vars(code)), flush=True)
 
 
 if __name__ == "__main__":

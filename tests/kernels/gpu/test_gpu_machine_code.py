@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+from gpu_predict import INSTRUCTIONS
+
 #: Reads a few numbers, as many as a vocabulary has blocks.
 SMALL = {"largest_of_blocks"}
 #: Bytes of shared memory that a program may have.
@@ -52,3 +55,14 @@ def test_tiles_use_tensor_cores(made: list[dict[str, Any]]) -> None:
 
 def test_shared_memory_fits(made: list[dict[str, Any]]) -> None:
     assert not [row for row in made if row["shared_bytes"] > SHARED[row["capability"]]]
+
+
+def test_a_weight_takes_the_instructions_that_are_reckoned_with(made: list[dict[str, Any]]) -> None:
+    """No more, since an H200 issues some three while it reads one of four bits; nor many fewer, or the reckoning is wrong."""
+    seen: dict[tuple[str, str], list[float]] = {}
+    for row in made:
+        if "instructions" in row and row["capability"] == 90:
+            seen.setdefault((row["kernel"], row["weights"]), []).append(row["instructions"])
+    assert seen.keys() == INSTRUCTIONS.keys()
+    for key, found in seen.items():
+        assert 0.7 * INSTRUCTIONS[key] < max(found) <= INSTRUCTIONS[key], (key, found)

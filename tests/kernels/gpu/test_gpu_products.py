@@ -61,7 +61,7 @@ def both(
 
 SLICES, TILES = Choice("slices", 16, 8, 2, 128, 1, 2, 2), Choice("tiles", 64, 16, 4, 128, 2, 2)
 VECTOR = Choice("vector", 4, 2, 1)
-WAYS = {"vector": VECTOR, "slices": SLICES, "slices in parts": Choice("slices", 32, 16, 1, 64, 2, 2, 4), "tiles": TILES,
+WAYS = {"vector": VECTOR, "slices": SLICES, "slices of twos": Choice("slices", 32, 16, 1, 64, 1, 2, 4), "tiles": TILES,
         "library": Choice("library")}  # fmt: skip
 
 
@@ -90,13 +90,13 @@ def test_inputs_that_fill_no_block(inner: int, device: str) -> None:
     torch.manual_seed(2)
     for kind in ("int4", "int8", "float32"):
         made = weight(kind, 64, inner, group=32)
-        for choice in (SLICES, WAYS["slices in parts"], TILES):
+        for choice in (SLICES, WAYS["slices of twos"], TILES):
             found, wanted = both(choice, torch.randn(2, inner), made, "alone", device)
             assert off(found, wanted) < CLOSE, (kind, choice)
 
 
 @pytest.mark.parametrize(("rows", "choice"), [
-    (1, Choice("vector", 8, 1, 1)), (5, Choice("vector", 2, 4, 2)), (17, TILES), (11, SLICES), (9, WAYS["slices in parts"]),
+    (1, Choice("vector", 8, 1, 1)), (5, Choice("vector", 2, 4, 2)), (17, TILES), (11, SLICES), (9, WAYS["slices of twos"]),
 ])  # fmt: skip
 def test_numbers_of_rows_that_fill_no_block(rows: int, choice: Choice, device: str) -> None:
     torch.manual_seed(2)
@@ -142,7 +142,7 @@ def test_as_a_gpu_multiplies(kind: str, way: str, dtype: torch.dtype, device: st
 def test_the_same_on_every_run(device: str) -> None:
     torch.manual_seed(4)
     made, x = weight("int4", 64, 512).to(device), torch.randn(3, 512, device=device)
-    for choice in (Choice("tiles", 64, 16, 4, 128, 4, 2), Choice("slices", 16, 8, 4, 64, 2, 2, 4)):
+    for choice in (Choice("tiles", 64, 16, 4, 128, 4, 2), Choice("slices", 16, 8, 4, 64, 1, 2, 4)):
         assert torch.equal(*(ops.multiply(choice, Feed(x), made)[0] for _ in range(2)))
 
 
