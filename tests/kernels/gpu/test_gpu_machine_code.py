@@ -65,4 +65,4 @@ def test_a_weight_takes_the_instructions_that_are_reckoned_with(made: list[dict[
             seen.setdefault((row["kernel"], row["weights"]), []).append(row["instructions"])
     assert seen.keys() == INSTRUCTIONS.keys()
     for key, found in seen.items():
-        assert 0.7 * INSTRUCTIONS[key] < max(found) <= INSTRUCTIONS[key], (key, found)
+        assert 0.6 * INSTRUCTIONS[key] < max(found) <= INSTRUCTIONS[key], (key, found)
