@@ -69,6 +69,7 @@ class DoubleStep:
     """The whole text in float64, every time: slow, and exact."""
 
     name = "double"
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, model: Any) -> None:
         self.model, self.vocabulary, self.context = model.double(), VOCABULARY, 512

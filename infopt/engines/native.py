@@ -66,7 +66,7 @@ class NativeEngine:
                 self.notes = (*self.notes, f"draft {name} was not tried: {error}")
         length = DraftLength(most=self._most, is_fixed=draft_tokens is not None)
         self._loop = Loop(model.step, self._drafters[draft] if draft and draft != "auto" else None, length, now)
-        self._is_chosen = draft != "auto"
+        self._is_chosen, self._has_remarked = draft != "auto", False
 
     def generate(self, requests: Sequence[Request]) -> Trace:
         """Answers the requests. Rows come in request order, each request's `sampling.candidates` rows together."""
@@ -85,6 +85,8 @@ class NativeEngine:
             self._choose(asks)
         told: list[Told] = []
         answers = self._loop.run(asks, lambda each, _: told.append(each))
+        if not self._has_remarked:
+            self.notes, self._has_remarked = (*self.notes, *self.model.step.remarks), True
         return _trace(told, answers, drafts=self._loop.drafter is not None)
 
     def close(self) -> None:

@@ -1,16 +1,23 @@
-"""What a captured step reads and leaves, what it found, and what of it was launched before anybody asked."""
+"""Captured steps: what they read and leave, how they are made, what they found, and what was launched before anybody asked."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Several
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from infopt.kernels.gpu.attention import Where
+from infopt.kernels.gpu.overlap import overlapping
 from infopt.runtime.pages import Sequence
 from infopt.runtime.steps import Run
+
+#: The first compute capability whose launches overlap: Hopper.
+OVERLAPPING = (9, 0)
+#: Replays by which it is found whether they should.
+CHECKS = 9
 
 
 @dataclass
@@ -56,3 +63,80 @@ class Pending:
         asked = [(id(run.sequence), run.sequence.length, run.ids[0]) for run in runs]
         launched = zip(self.sequences, self.lengths, self.fed, strict=True)
         return asked == [(id(sequence), length, token) for sequence, length, token in launched]
+
+
+class Capturing:
+    """Makes graphs of steps: on a stream of its own, since each has a workspace of the matrix library's, and in one pool of
+    memory. Where the GPU can let launches overlap, the first step is captured with and without, and the sooner of two that find
+    the same says how all are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.overlaps: bool | None = None if torch.cuda.get_device_capability(device) >= OVERLAPPING else False
+        self.about_overlap = "" if self.overlaps is None else "this GPU has no overlapping launches"
+        self.forget()
+
+    def forget(self) -> None:
+        """All graphs are gone: a pool that none uses any more takes no new ones."""
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def make(self, call: Captured, compute: Callable[[Captured], None]) -> None:
+        """`compute`: the step; it leaves `call.logits`, which stay where they are in every replay."""
+        self._capture(call, compute, bool(self.overlaps))
+        if self.overlaps is None:
+            other = replace(call)
+            self.overlaps = self._is_better(call, other, compute)
+            if self.overlaps:
+                call.graph, call.logits = other.graph, other.logits
+
+    def _capture(self, call: Captured, compute: Callable[[Captured], None], overlaps: bool) -> None:
+        with overlapping(overlaps):
+            self._side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._side):
+                compute(call)  # compiles the kernels, which a capture cannot
+            torch.cuda.current_stream().wait_stream(self._side)
+            call.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(call.graph, pool=self._pool, stream=self._side):
+                compute(call)
+
+    def _is_better(self, call: Captured, other: Captured, compute: Callable[[Captured], None]) -> bool:
+        try:
+            self._capture(other, compute, True)
+        except Exception as error:  # Triton and CUDA raise of every kind
+            self.about_overlap = f"launches do not overlap: {type(error).__name__}: {error}"[:200]
+            return False
+        source = torch.Generator(call.ids.device).manual_seed(0)
+        for _ in range(CHECKS):  # other tokens each time, so that what was left from the last is noticed
+            ids = torch.randint(call.logits.shape[1], call.ids.shape, generator=source, device=call.ids.device)
+            found = [replayed(each, ids) for each in (call, other)]
+            if not all(torch.equal(plain, overlapped) for plain, overlapped in zip(*found, strict=True)):
+                self.about_overlap = "launches do not overlap: they would find something else"
+                return False
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for _ in range(CHECKS):
+            for each, kept in zip((call, other), seconds, strict=True):
+                kept.append(timed(each))
+        plain, overlapped = (sorted(kept)[CHECKS // 2] for kept in seconds)
+        self.about_overlap = f"a step takes {overlapped * 1e6:.0f} µs where launches overlap, {plain * 1e6:.0f} where not"
+        call.where.lengths.zero_()
+        return overlapped < plain
+
+
+def replayed(call: Captured, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and logits after `ids` alone."""
+    call.ids.copy_(ids)
+    call.where.lengths.zero_()
+    call.graph.replay()
+    return call.tokens.clone(), call.logits.clone()
+
+
+def timed(call: Captured, count: int = 3) -> float:
+    """Seconds of a replay."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    call.where.lengths.zero_()
+    start.record()
+    for _ in range(count):
+        call.graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / count

@@ -22,7 +22,7 @@ from infopt.kernels.gpu.choices import Table
 from infopt.kernels.gpu.ops import TWINS, Ops, kernels
 from infopt.kernels.gpu.products import Behind, Feed
 from infopt.kernels.gpu.weight import Weight
-from infopt.runtime.captured import Captured, Found, Pending
+from infopt.runtime.captured import Captured, Capturing, Found, Pending
 from infopt.runtime.device_pages import DevicePages
 from infopt.runtime.device_tuning import tune
 from infopt.runtime.device_weights import BEYOND, DeviceModel, Layer
@@ -65,8 +65,7 @@ class GraphStep(OverPages):
         self.pages = DevicePages(
             len(model.layers), heads.kv_heads, heads.head_dim, self.kv_dtype, self.device, self.budget, on_move=self._forget
         )
-        # One for all captures: each has a workspace of the matrix library's.
-        self._side: Any = torch.cuda.Stream(self.device) if self.is_captured else None  # type: ignore[no-untyped-call]
+        self.capturing = Capturing(self.device) if self.is_captured else None
         self.capture_s = 0.0
         self._calls: dict[tuple[int, int], Captured] = {}
         self._pending: Pending | None = None
@@ -93,6 +92,14 @@ class GraphStep(OverPages):
         where = torch.cuda.get_device_name(self.device) if self.is_captured else "by their twins on the CPU"
         kept = str(self.kv_dtype).removeprefix("torch.")
         return f"whole steps as CUDA graphs, {where}; weights {', '.join(kinds)}, head {head}, keys and values {kept}"
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Graphs, and whether launches overlap in them."""
+        if self.capturing is None or not self._calls:
+            return ()
+        made = f"{len(self._calls)} graphs in {self.capture_s:.1f} s: kernels compiled, ways of products timed, steps captured"
+        return made, self.capturing.about_overlap
 
     @property
     def arithmetic(self) -> str:
@@ -309,15 +316,9 @@ class GraphStep(OverPages):
             numbers(count), where, numbers(count), torch.zeros(count, device=self.device),
             torch.empty(0), known=[None] * rows,
         )  # fmt: skip
-        if self.is_captured:
+        if self.capturing is not None:
             tune(self.model, count, self.table)
-            self._side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._side):
-                self._compute(call, tokens)  # compiles the kernels, which a capture cannot
-            torch.cuda.current_stream().wait_stream(self._side)
-            call.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(call.graph, pool=self._memory, stream=self._side):
-                self._compute(call, tokens)
+            self.capturing.make(call, lambda call: self._compute(call, tokens))
         return call
 
     def _compute(self, call: Captured, tokens: int) -> None:
@@ -343,8 +344,8 @@ class GraphStep(OverPages):
     def _forget(self) -> None:
         self._calls.clear()
         self._pending = None
-        # A pool that no graph uses any more takes no new ones.
-        self._memory = torch.cuda.graph_pool_handle() if self.is_captured else None
+        if self.capturing is not None:
+            self.capturing.forget()
 
     # What is not finite
 

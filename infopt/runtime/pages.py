@@ -145,6 +145,10 @@ class OverPages:
 
     pages: Pages
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return ()
+
     def kv_bytes(self, length: int) -> float:
         """What a step of one token reads of a sequence's keys and values."""
         return self.pages.page_bytes / PAGE * length

@@ -50,6 +50,11 @@ class Step(Protocol):
     vocabulary: int
     context: int
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What it found out while it ran, a line each."""
+        ...
+
     def open(self) -> Any:
         """A new, empty sequence."""
         ...

@@ -33,6 +33,7 @@ class SwappedStep:
     keys and values: it could not be cut back."""
 
     name = "swapped"
+    remarks: tuple[str, ...] = ()
 
     def __init__(
         self, model: Any, *, threads: int, weights: Wanted = "auto", head: Wanted = "auto", budget: Budget | None = None

@@ -54,6 +54,15 @@ def test_requests_of_unequal_length_share_a_batch(opened: Callable[..., NativeMo
     assert len(found.emission_s) == 9
 
 
+def test_what_a_step_found_out_is_noted_once(opened: Callable[..., NativeModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened()
+    engine = NativeEngine(model, notes=("native engine",))
+    monkeypatch.setattr(type(model.step), "remarks", ("2 graphs in 3.0 s",))
+    for _ in range(2):
+        engine.generate([request(PROMPTS[0], 2)])
+        assert engine.notes == ("native engine", "2 graphs in 3.0 s")
+
+
 def test_the_end_token_ends_unless_told_otherwise(opened: Callable[..., NativeModel]) -> None:
     model = opened()
     ids = NativeEngine(model).generate([request(PROMPTS[1], 12)]).output_ids[0]

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from infopt.kernels.gpu.norm import normed
+from infopt.kernels.gpu.overlap import launch, wait
 
 #: Positions of a page.
 PAGE = 64
@@ -147,11 +148,11 @@ def _attend(query, key, value, allowed, best, total, found, scale, EXACT: tl.con
 
 @triton.jit
 def attend(qkv, keys, values, tables, lengths, counts, cos, sin, query_norm, key_norm, out, parts, bests, totals, pages, scale,
-           epsilon,
-           T: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+           epsilon, T: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
            BT: tl.constexpr, TURNING: tl.constexpr, QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, WINDOW: tl.constexpr,
-           TILES: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+           TILES: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Program (sequence and BM of its queries, key and value head, split). The last split has the new tokens, too."""
+    wait(OVERLAP)
     r, tile, h, split = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // KV
     WIDTH: tl.constexpr = (H + 2 * KV) * D
@@ -210,8 +211,9 @@ def attend(qkv, keys, values, tables, lengths, counts, cos, sin, query_norm, key
 
 @triton.jit
 def gather(parts, bests, totals, out, T: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-           BM: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+           BM: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """What the splits found of one query head of one token, program (sequence, key and value head, row of the tile)."""
+    wait(OVERLAP)
     r, h, i = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // KV
     d = tl.arange(0, BD)
@@ -240,7 +242,7 @@ def attention(qkv: torch.Tensor, cache: Paged, where: Where, heads: Heads, *, sp
     )
     sizes: dict[str, Any] = {
         "T": tokens, "H": heads.heads, "KV": heads.kv_heads, "D": heads.head_dim, "BD": wide, "BM": tile,
-        "TILES": tiles, "SPLITS": splits,
+        "TILES": tiles, "SPLITS": splits, **launch(),
     }  # fmt: skip
     attend[(rows * tiles, heads.kv_heads, splits)](
         qkv, cache.keys, cache.values, where.tables, where.lengths, where.counts, heads.cos, heads.sin, heads.query_norm,

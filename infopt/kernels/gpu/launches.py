@@ -34,6 +34,8 @@ TYPES = {
     torch.int64: "i64", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 ALIGNED = 16
+#: Instructions that read or write memory others may write; asking for lines of it does neither.
+MEMORY = ("LDG", "LD.", "ST", "RED", "ATOM")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Launch:
 @dataclass(frozen=True)
 class MachineCode:
     """`spills`: bytes of local memory a thread needs; `loads`: how often each width of loads from global memory occurs, bytes;
-    `operations`: how often each machine instruction occurs; `loop`: how many of them its longest loop has."""
+    `operations`: how often each machine instruction occurs; `loop`: how many of them its longest loop has;
+    `before_wait`: those that reach for memory before it waits for other kernels, None where it does not."""
 
     registers: int
     spills: int
@@ -65,6 +68,7 @@ class MachineCode:
     loads: dict[int, int]
     operations: Counter[str]
     loop: int
+    before_wait: list[str] | None
 
 
 class _Recorder:
@@ -90,7 +94,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], named: dict[str, Any]) -> Launch:
-    warps, stages = named.pop("num_warps", 4), named.pop("num_stages", 3)
+    warps, stages, _ = named.pop("num_warps", 4), named.pop("num_stages", 3), named.pop("launch_pdl", None)
     given = dict(zip(kernel.arg_names, args, strict=False)) | named
     known = kernel.fn.__annotations__
     signature, constants, aligned = [], [], []
@@ -140,9 +144,12 @@ def _read(cubin: bytes, shared: int) -> MachineCode:
         }
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", told["-res-usage"])}
     lines = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)(.*)", told["-sass"], re.M)
-    operations = Counter(name for _, name, _ in lines)
+    names = [name for _, name, _ in lines]
+    operations = Counter(names)
+    waits = next((place for place, name in enumerate(names) if name.startswith("ACQBULK")), None)
+    before = None if waits is None else [name for name in names[:waits] if name.startswith(MEMORY)]
     return MachineCode(
-        usage["REG"], usage["STACK"] + usage["LOCAL"], shared, _loads(operations), operations, _longest_loop(lines)
+        usage["REG"], usage["STACK"] + usage["LOCAL"], shared, _loads(operations), operations, _longest_loop(lines), before
     )
 
 

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from infopt.kernels.gpu.overlap import launch, wait
+
 #: Logits that a program of `largest` looks at.
 BLOCK = 4096
 
@@ -23,7 +25,8 @@ def norm_twin(x: torch.Tensor, gain: torch.Tensor, epsilon: float, residual: tor
 
 
 @triton.jit
-def rms_norm(x, gain, residual, out, K, epsilon, BK: tl.constexpr, RESIDUAL: tl.constexpr):
+def rms_norm(x, gain, residual, out, K, epsilon, BK: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr):
+    wait(OVERLAP)
     k = tl.arange(0, BK)
     at = tl.program_id(0) * K + k
     row = tl.load(x + at, mask=k < K, other=0).to(tl.float32)
@@ -37,7 +40,9 @@ def norm(x: torch.Tensor, gain: torch.Tensor, epsilon: float, residual: torch.Te
     """As `norm_twin`."""
     out, wide = torch.empty_like(x), triton.next_power_of_2(x.shape[1])
     warps = min(8, max(1, wide // 512))
-    rms_norm[(x.shape[0],)](x, gain, residual, out, x.shape[1], epsilon, BK=wide, RESIDUAL=residual is not None, num_warps=warps)
+    rms_norm[(x.shape[0],)](
+        x, gain, residual, out, x.shape[1], epsilon, BK=wide, RESIDUAL=residual is not None, num_warps=warps, **launch()
+    )
     return out
 
 
@@ -52,8 +57,9 @@ def likeliest_twin(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @triton.jit
-def largest(logits, bests, seconds, places, V, blocks, BLOCK: tl.constexpr):
+def largest(logits, bests, seconds, places, V, blocks, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """Of each block: its largest, the next, and where the first is; the next is NaN where anything is."""
+    wait(OVERLAP)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(logits + tl.program_id(0).to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
     is_bad = tl.sum((row != row).to(tl.int32), 0) > 0
@@ -67,7 +73,8 @@ def largest(logits, bests, seconds, places, V, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def largest_of_blocks(bests, seconds, places, tokens, leads, blocks, V, WIDE: tl.constexpr):
+def largest_of_blocks(bests, seconds, places, tokens, leads, blocks, V, WIDE: tl.constexpr, OVERLAP: tl.constexpr):
+    wait(OVERLAP)
     b = tl.arange(0, WIDE)
     at = tl.program_id(0) * blocks + b
     best = tl.load(bests + at, mask=b < blocks, other=float("-inf"))
@@ -88,7 +95,7 @@ def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     bests, seconds = (logits.new_empty(rows, blocks) for _ in range(2))
     places = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
     tokens, leads = torch.empty(rows, dtype=torch.int32, device=logits.device), logits.new_empty(rows)
-    largest[(rows, blocks)](logits, bests, seconds, places, vocabulary, blocks, BLOCK=BLOCK, num_warps=8)
+    largest[(rows, blocks)](logits, bests, seconds, places, vocabulary, blocks, BLOCK=BLOCK, num_warps=8, **launch())
     wide = triton.next_power_of_2(blocks)
-    largest_of_blocks[(rows,)](bests, seconds, places, tokens, leads, blocks, vocabulary, WIDE=wide, num_warps=1)
+    largest_of_blocks[(rows,)](bests, seconds, places, tokens, leads, blocks, vocabulary, WIDE=wide, num_warps=1, **launch())
     return tokens, leads

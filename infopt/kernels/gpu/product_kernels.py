@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from infopt.kernels.gpu.overlap import wait, wait_with_weights
+
 
 @triton.jit
 def _numbers(e, F: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr, ASM: tl.constexpr):
@@ -109,10 +111,11 @@ def _finish(y, rows, m, M, N, K, squares, parts, epsilon, bias, residual, gain, 
 @triton.jit
 def vector(x, w, scales, squares, bias, residual, gain, out, fed, left, M, N, K, padded, parts, epsilon,
            BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr,
-           EVEN: tl.constexpr):  # fmt: skip
+           EVEN: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """BM rows of x with BN rows of W a program, BK floating-point inputs at a time. EVEN: nothing needs a mask."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
+    wait_with_weights(w, rows, padded, BN, OVERLAP)
     m3 = m[:, None, None]
     sums = tl.zeros([BM, BN, BK], tl.float32)
     for first in range(0, padded, BK):
@@ -162,7 +165,8 @@ def _multiplied(total, e, xs, k, real, K, scale, zero, BITS: tl.constexpr, GROUP
 @triton.jit
 def slices(x, w, scales, zeros, squares, bias, residual, gain, out, fed, left, M, N, K, row, groups, parts, epsilon,
            BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, WAYS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-           PARTS: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+           PARTS: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+           OVERLAP: tl.constexpr):  # fmt: skip
     """For few rows, and BN of W a program: as `tiles`, but WAYS steps of inputs at a time, each in a dot product of its own, by
     which warps divide them: all warps read weights that no other needs, and rows may be few without leaving warps idle."""
     FIELDS: tl.constexpr = 16 // BITS if BITS else 1
@@ -170,6 +174,7 @@ def slices(x, w, scales, zeros, squares, bias, residual, gain, out, fed, left, M
     SUBS: tl.constexpr = BLOCK // GROUP if BITS and GROUP < BLOCK else 1
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
+    wait_with_weights(w, rows, row, BN, OVERLAP)
     way = tl.arange(0, WAYS)[:, None] * STEP
     i = way + tl.arange(0, STEP)[None, :]
     at = rows[None, :, None].to(tl.int64) * row + i[:, None, :]
@@ -197,7 +202,8 @@ def slices(x, w, scales, zeros, squares, bias, residual, gain, out, fed, left, M
 @triton.jit
 def tiles(x, w, scales, zeros, squares, bias, residual, gain, out, fed, left, sums, M, N, K, row, groups, parts, epsilon,
           BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-          PARTS: tl.constexpr, ACT: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+          PARTS: tl.constexpr, ACT: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+          OVERLAP: tl.constexpr):  # fmt: skip
     """BM rows of x with BN rows of W a program, STEP of W's elements at a time; W's rows are the rows of the tensor cores' tiles,
     since x has few. `row`: elements of a row of W. BITS 0: floating point, an input each. Integers go into the tensor cores as
     they are, and the sum of a group is multiplied by its scale, which was loaded a step before."""
@@ -206,6 +212,7 @@ def tiles(x, w, scales, zeros, squares, bias, residual, gain, out, fed, left, su
     SUBS: tl.constexpr = BLOCK // GROUP if BITS and GROUP < BLOCK else 1
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
+    wait_with_weights(w, rows, row, BN, OVERLAP)
     each = tl.cdiv(tl.cdiv(row, STEP), SPLITS) * STEP
     begin = tl.program_id(2) * each
     i = tl.arange(0, STEP)
@@ -236,8 +243,9 @@ def tiles(x, w, scales, zeros, squares, bias, residual, gain, out, fed, left, su
 
 @triton.jit
 def join(sums, squares, bias, residual, gain, out, fed, left, M, N, K, parts, epsilon,
-         BN: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+         BN: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """The sums of each split, [SPLITS, M, N], added in order; one row a program."""
+    wait(OVERLAP)
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) + tl.arange(0, 1)
     total = tl.zeros([1, BN], tl.float32)

@@ -17,6 +17,7 @@ import torch
 import triton
 
 from infopt.kernels.gpu import product_kernels as kernels
+from infopt.kernels.gpu.overlap import launch
 from infopt.kernels.gpu.weight import Weight, dense
 
 
@@ -97,7 +98,7 @@ class _Around:
             "squares": squares, "parts": parts, "PARTS": triton.next_power_of_2(max(1, parts)), "epsilon": self.feed.epsilon,
             "bias": self.weight.bias, "residual": behind.residual, "gain": behind.gain, "out": out, "fed": None, "left": None,
             "M": len(x), "N": self.weight.rows, "K": self.weight.inner,
-            "ACT": -1 if behind.activation is None else behind.activation,
+            "ACT": -1 if behind.activation is None else behind.activation, **launch(),
         }  # fmt: skip
         if behind.gain is None:
             return out, Feed(out), made

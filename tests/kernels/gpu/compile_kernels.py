@@ -18,6 +18,7 @@ from gpu_models import SHAPES, outline
 from infopt.kernels.gpu import launches
 from infopt.kernels.gpu.choices import Table, candidates
 from infopt.kernels.gpu.ops import kernels
+from infopt.kernels.gpu.overlap import overlapping
 from infopt.kernels.gpu.products import Behind, Feed
 from infopt.runtime.device_tuning import roles
 from infopt.runtime.graph_step import GraphStep
@@ -60,7 +61,20 @@ def launched(shape: str, kind: str, rows: int, tokens: int, others: bool) -> tup
     return found, first
 
 
+def overlapping_ones() -> list[launches.Launch]:
+    """Each kernel once."""
+    found = {}
+    for kind, rows in (("int4", 1), ("bfloat16", 1), ("int4", 64)):
+        with launches.recorded() as each, overlapping(True):
+            GraphStep(outline(SHAPES["8B"], kind), ops=kernels(Table(), 132)).rehearse(rows, 1)
+        found |= {launch.name: launch for launch in each}
+    return list(found.values())
+
+
 def main() -> None:
+    for launch in overlapping_ones():
+        known: dict[str, Any] = {"step": "overlapping", "kernel": launch.name, "capability": 90}
+        print(json.dumps(known | vars(launches.compiled(launch, 90))), flush=True)
     seen = set()
     for shape, kind, rows, tokens, others in STEPS:
         found, first = launched(shape, kind, rows, tokens, others)

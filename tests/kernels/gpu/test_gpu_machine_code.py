@@ -14,6 +14,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from gpu_predict import INSTRUCTIONS
 
+from infopt.kernels.gpu.launches import KERNELS
+
 #: Reads a few numbers, as many as a vocabulary has blocks.
 SMALL = {"largest_of_blocks"}
 #: Bytes of shared memory that a program may have.
@@ -30,12 +32,19 @@ def made() -> list[dict[str, Any]]:
 
 
 def test_every_kernel_was_compiled(made: list[dict[str, Any]]) -> None:
-    from infopt.kernels.gpu.launches import KERNELS
-
     for capability in (90, 80):
         assert {row["kernel"] for row in made if row["capability"] == capability} == {
             name for names in KERNELS.values() for name in names
         }
+
+
+def test_who_overlaps_waits_before_it_reads_or_writes(made: list[dict[str, Any]]) -> None:
+    """Every kernel of a step, or whoever waits for the next would not have waited for the one before."""
+    found = {row["kernel"]: row["before_wait"] for row in made if row["step"] == "overlapping"}
+    assert found == {name: [] for names in KERNELS.values() for name in names if name != "spread"}
+    assert {row["before_wait"] is None for row in made if row["step"] != "overlapping"} == {True}
+    asked = {row["kernel"] for row in made if any(name.startswith("CCTL.E.PF2") for name in row["operations"])}
+    assert asked == {"vector", "slices", "tiles"}  # for weights
 
 
 def test_nothing_spills(made: list[dict[str, Any]]) -> None:
