@@ -18,6 +18,7 @@ def markdown(document: dict[str, Any]) -> str:
         lines += ["|---|---:|---:|---:|---:|---:|---|---:|---:|---:|"]
         lines += [_row(name, arm) for name, arm in found["arms"].items()]
         lines += [f"\n{name} failed: {arm['failed']}" for name, arm in found["arms"].items() if "failed" in arm]
+        lines += [f"\n{name}: {'; '.join(arm['remarks'])}" for name, arm in found["arms"].items() if arm.get("remarks")]
     return "\n".join([*lines, *_remarks(document), ""])
 
 

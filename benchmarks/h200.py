@@ -107,7 +107,7 @@ class Bench:
             "prefill_s": [each.prefill_s for each in counted], "tokens_per_step": [each.tokens_per_step for each in counted],
             "limit_tok_per_s": predicted.limit, "predicted_tok_per_s": predicted.expected, "bound": predicted.bound,
             "launches": predicted.launches, "share_of_limit": float(np.median(rates)) / predicted.limit,
-            "read_bytes": arm.weights_bytes, "capture_s": arm.step.capture_s if isinstance(arm, NativeArm) else None,
+            "read_bytes": arm.weights_bytes, "remarks": arm.step.remarks if isinstance(arm, NativeArm) else (),
             "text": list(warm.ids), "joules_per_token": None,
         }  # fmt: skip
 

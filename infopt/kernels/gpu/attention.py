@@ -150,7 +150,8 @@ def _attend(query, key, value, allowed, best, total, found, scale, EXACT: tl.con
 def attend(qkv, keys, values, tables, lengths, counts, cos, sin, query_norm, key_norm, out, parts, bests, totals, pages, scale,
            epsilon, T: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
            BT: tl.constexpr, TURNING: tl.constexpr, QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, WINDOW: tl.constexpr,
-           TILES: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+           TILES: tl.constexpr, SPLITS: tl.constexpr, PAGE: tl.constexpr, EXACT: tl.constexpr,
+           OVERLAP: tl.constexpr):  # fmt: skip
     """Program (sequence and BM of its queries, key and value head, split). The last split has the new tokens, too."""
     wait(OVERLAP)
     r, tile, h, split = tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.program_id(1), tl.program_id(2)
