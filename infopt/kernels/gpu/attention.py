@@ -165,9 +165,7 @@ def attend(qkv, keys, values, tables, lengths, counts, cos, sin, query_norm, key
     query = _turned(at, cos, sin, query_norm, length + token, asks, D, BD, TURNING, QUERY_NORM, epsilon).to(keys.dtype.element_ty)
     best, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     found = tl.zeros([BM, BD], tl.float32)
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(length - WINDOW + 1, 0) // PAGE
+    first = tl.maximum(length - WINDOW + 1, 0) // PAGE if WINDOW > 0 else 0
     count = tl.cdiv(length, PAGE) - first
     each = tl.cdiv(count, SPLITS)
     slot = tl.arange(0, PAGE)
