@@ -1,8 +1,8 @@
 """What a GPU could do, and what a step should take on it: bytes over its read rate, and a little for every launch.
 
 limit     max((W + b·k·n)/BW, b·(2·P + 4·L·H·d·n)/F)      as in infopt.measure.roofline
-expected  the same at the share of BW that kernels of this size reach, or what their instructions take, if that is longer; and the
-          seconds of a launch for each of them
+expected  the same at the share of BW that kernels of this size reach, or what their instructions or the second-level cache take,
+          if that is longer; and the seconds of a launch for each of them
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from gpu_models import SHAPES, Shape, outline, weight
+from gpu_models import SHAPES, Shape, outline
 
 from infopt.kernels.gpu import launches
-from infopt.kernels.gpu.choices import Asked, Table, candidates
+from infopt.kernels.gpu.choices import THROUGH, Table, candidates, through
 from infopt.kernels.gpu.ops import kernels
 from infopt.kernels.gpu.weight import FLOAT8
 from infopt.measure.peaks import measure_machine
+from infopt.runtime.device_tuning import roles
 from infopt.runtime.device_weights import DeviceModel
 from infopt.runtime.graph_step import GraphStep
 
@@ -30,7 +31,7 @@ BUFFER, MATRIX = 2 << 30, 8192
 #: the compiler makes of them (tests/kernels/gpu/test_gpu_machine_code.py).
 INSTRUCTIONS = {
     ("vector", "bfloat16"): 3.7, ("vector", "float8"): 3.7, ("slices", "bfloat16"): 1.9, ("slices", "float8"): 3.5,
-    ("slices", "int4"): 2.4, ("slices", "int8"): 2.9, ("tiles", "bfloat16"): 2.1, ("tiles", "int4"): 4.0, ("tiles", "int8"): 4.5,
+    ("slices", "int4"): 2.4, ("slices", "int8"): 2.9, ("tiles", "bfloat16"): 2.8, ("tiles", "int4"): 4.0, ("tiles", "int8"): 4.5,
 }  # fmt: skip
 #: Instructions that a multiprocessor's lanes can be given a cycle, what share of them kernels are expected to get, and cycles a
 #: second under load.
@@ -66,7 +67,7 @@ H200 = Ceilings(4.3e12, 4.3e12, 790e12, None, 1.3e-6, 132)
 
 @dataclass(frozen=True)
 class Prediction:
-    """Tokens per second of all rows together. `bound`: memory, compute, instructions; launches where these are over a third."""
+    """Tokens per second of all rows together. `bound`: memory, compute, instructions, cache; launches where over a third."""
 
     limit: float
     expected: float
@@ -131,22 +132,25 @@ def predict(shape: Shape, kind: str | None, weights_bytes: float, rows: int, con
     beside = (count or 0) * ceilings.launch_s
     taken = {name: seconds / REACHED for name, seconds in parts.items()}
     if kind and ceilings.multiprocessors > MANY:
-        issued = ISSUED * ceilings.multiprocessors * LANES * CLOCK
-        taken["instructions"] = instructions(shape, kind, rows) / issued
+        instructions, moved = issued(shape, kind, rows)
+        taken["instructions"] = instructions / (ISSUED * ceilings.multiprocessors * LANES * CLOCK)
+        taken["cache"] = (moved + kv) / THROUGH
     expected = max(taken.values()) + beside
     bound = "launches" if beside > expected / 3 else max(taken, key=lambda name: taken[name])
     return Prediction(rows / limit, rows / expected, bound, count)
 
 
-def instructions(shape: Shape, kind: str, rows: int) -> float:
-    """Of a step's products, over all lanes; the head is bfloat16."""
-
-    def each(kind: str) -> float:
-        asked = Asked(weight(shape.hidden, shape.hidden, kind, min(128, shape.hidden)), rows, torch.bfloat16)
-        way = next(choice.way for choice in candidates(asked) if choice.way != "library")
-        return -(-rows // 64) * INSTRUCTIONS.get((way, kind), 0.0)
-
-    return shape.linear * each(kind) + shape.head * each("bfloat16")
+def issued(shape: Shape, kind: str, rows: int) -> tuple[float, float]:
+    """Machine instructions of all lanes in a step's products, and bytes that these move through the second-level cache."""
+    count, moved = 0.0, 0.0
+    model = outline(shape, kind, min(128, shape.hidden))
+    for role, times in zip(roles(model), (shape.layers,) * 4 + (1,), strict=True):
+        asked = role.asked(role.weights[0], rows, torch.bfloat16)
+        choice = next(each for each in candidates(asked) if each.way != "library")
+        each = -(-rows // 64) * INSTRUCTIONS.get((choice.way, asked.weight.kind), 0.0)
+        count += times * each * asked.weight.rows * asked.weight.inner
+        moved += times * through(asked.weight, rows, choice)
+    return count, moved
 
 
 def launched(shape: Shape, kind: str, rows: int, tokens: int = 1) -> int:

@@ -25,8 +25,8 @@ SLICED_ROWS = 16
 #: From so many rows on float8 weights are multiplied with activations rounded to float8 too; never by which is faster, since it
 #: is another result.
 SCALED_ROWS = 32
-#: Of tiles, that keep a large GPU's multiprocessors loading: two or three each.
-PROGRAMS = 300
+#: Of a large GPU: bytes a second from memory, and through its second-level cache; warps that keep it loading.
+READ, THROUGH, WARPS = 4.3e12, 5.5e12, 8 * 132
 #: Of each candidate when they are timed, after a first one.
 TURNS = 7
 #: Counts up when kernels change, so that older timings are not believed.
@@ -76,48 +76,67 @@ def bucket(rows: int) -> int:
 
 
 def candidates(asked: Asked) -> list[Choice]:
-    """What is worth a try, the likeliest first.
-
-    Vectors: more rows of W a program are more loads at a time, and registers, of which rows of x take as many again. Slices: more
-    rows of W read fewer activations, and make fewer programs. Tiles: inputs are split where rows of W alone make too few programs
-    to keep all multiprocessors loading.
-    """
+    """What is worth a try, the likeliest first."""
     weight, count = asked.weight, bucket(asked.rows)
     is_scaled = weight.kind == "float8" and asked.dtype == torch.bfloat16 and weight.inner % 16 == 0
     if is_scaled and asked.rows >= SCALED_ROWS:
         return [Choice("scaled")]
     library = [Choice("library")]
+    if count <= 4 and not weight.bits:
+        return [*_vectors(weight, count), *_slices(weight, count)[:2], *library]
     if count <= SLICED_ROWS:
-        slices = _slices(weight, count)
-        if weight.bits or count > 4:
-            return [*slices, *_tiles(weight, count)[:1], *library]
-        return [*_vectors(weight, count), *slices[:2], *library]
+        return [*_slices(weight, count), *_tiles(weight, count)[:1], *library]
     return [*_tiles(weight, count), *library] if count <= 64 else [*library, *_tiles(weight, count)]
 
 
 def _vectors(weight: Weight, count: int) -> list[Choice]:
+    """More rows of W a program are more loads at a time, and registers, of which rows of x take as many again."""
     each = min(count, 4 if weight.kind != "float8" else 2)
     sizes = ((4, 4), (8, 4), (4, 2), (8, 2), (4, 1)) if each == 1 else ((4, 1), (2, 2))
     return [Choice("vector", block, each, warps) for block, warps in sizes]
 
 
 def _slices(weight: Weight, count: int) -> list[Choice]:
-    tile = max(8, count)
-    sizes = ((16, 8, 4, 3), (16, 16, 8, 2), (32, 8, 4, 3), (32, 8, 8, 3), (16, 4, 4, 4))
-    inputs = 128 if weight.bits else 64
-    return [Choice("slices", block, tile, warps, inputs, 1, stages, ways) for block, ways, warps, stages in sizes]
+    tile, inputs = max(8, count), 128 if weight.bits else 64
+    sizes = (
+        (16, 8, 4, 3),
+        (16, 16, 8, 2),
+        (32, 8, 4, 3),
+        (32, 8, 8, 3),
+        (64, 8, 8, 2),
+        *[(128, 8, 8, 2)] * (tile == 8 and weight.bits == 4),
+    )
+    made = [Choice("slices", block, tile, warps, inputs, 1, stages, ways) for block, ways, warps, stages in sizes]
+    return _likeliest(weight, count, made)[:4]
 
 
 def _tiles(weight: Weight, count: int) -> list[Choice]:
-    tile = min(64, max(16, count))
-    programs = len(weight.data) // 64 * -(-count // tile)
-    splits = next((parts for parts in (1, 2, 4) if programs * parts >= PROGRAMS or 1024 * parts > weight.padded_inner), 8)
-    inputs = 64 if weight.data.dtype == torch.float32 else 128
-    found = [Choice("tiles", 64, tile, 4, inputs, parts, 4) for parts in dict.fromkeys((splits, max(1, splits // 2)))]
-    if count >= 64:
-        tall = min(128, count)
-        found += [Choice("tiles", 128, tall, 8, inputs, parts, 3) for parts in dict.fromkeys((1, splits))]
-    return found
+    tile, inputs = min(64, max(16, count)), 128 if weight.bits else 64
+    sizes = ((64, 4, 4), (128, 4, 4), (128, 8, 4), (256, 8, 3)) if count >= 64 else ((64, 4, 4), (128, 8, 4))
+    splits = [parts for parts in (1, 2, 4, 8) if parts == 1 or weight.padded_inner >= 512 * parts]
+    made = [Choice("tiles", block, tile, warps, inputs, parts, stages) for block, warps, stages in sizes for parts in splits]
+    return _likeliest(weight, count, made)[:5]
+
+
+def _likeliest(weight: Weight, count: int, choices: Sequence[Choice]) -> list[Choice]:
+    """By the longer of reading the weight from memory and all that goes through the second-level cache, on a large GPU; longer
+    where there are too few warps to keep it loading."""
+
+    def seconds(choice: Choice) -> float:
+        warps = len(weight.data) // choice.block * -(-count // choice.rows) * choice.splits * choice.warps
+        return max(weight.nbytes / READ, through(weight, count, choice) / THROUGH) / min(1, warps / WARPS)
+
+    return sorted((choice for choice in choices if len(weight.data) % choice.block == 0), key=seconds)
+
+
+def through(weight: Weight, count: int, choice: Choice) -> float:
+    """Bytes that a product of `count` rows of x reads and writes of all but its result: the weight for every block of them, these
+    for every block of the weight's rows, and the sums of splits."""
+    if choice.way in ("library", "scaled"):
+        return float(weight.nbytes)
+    turns, blocks = -(-count // choice.rows), len(weight.data) // choice.block
+    sums = 8 * choice.splits * count * len(weight.data) if choice.splits > 1 else 0
+    return float(weight.nbytes * turns + 2 * weight.inner * count * blocks + sums)
 
 
 @dataclass

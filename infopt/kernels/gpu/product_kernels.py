@@ -148,7 +148,7 @@ def _multiplied(total, e, xs, k, real, K, scale, zero, BITS: tl.constexpr, GROUP
         part = tl.zeros_like(total) if BITS else total
         taken = tl.zeros_like(total)
         for f in tl.static_range(sub * (FIELDS // SUBS), (sub + 1) * (FIELDS // SUBS)):
-            xk = tl.load(xs + 16 * f, mask=real if EVEN else real & (k + 16 * f < K), other=0)
+            xk = tl.load(xs + 16 * f, mask=real if EVEN else real & (k + 16 * f < K), other=0, cache_modifier=".ca")
             if BITS:
                 value = _numbers(e, f, BITS, tl.bfloat16 if ASM and xk.dtype.is_fp32() else xk.dtype, ASM)
                 part = _dot(value, xk, part, ASM)
