@@ -141,14 +141,15 @@ def through(weight: Weight, count: int, choice: Choice) -> float:
 
 @dataclass
 class Table:
-    """Choices by key; the seconds of all that were tried here, and why others did not run. `path` None: kept in memory alone;
-    `is_timed` False: first candidates are taken as they are."""
+    """Choices by key; the seconds of all that were tried here, and why others did not run; the first candidates where nothing was
+    tried. `path` None: kept in memory alone; `is_timed` False: first candidates are taken as they are."""
 
     path: Path | None = None
     is_timed: bool = True
     chosen: dict[str, Choice] = field(default_factory=dict)
     seconds: dict[str, list[tuple[Choice, float]]] = field(default_factory=dict)
     failed: dict[str, list[tuple[Choice, str]]] = field(default_factory=dict)
+    likeliest: dict[str, Choice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -161,7 +162,12 @@ class Table:
             pass  # a broken file is written anew
 
     def find(self, asked: Asked) -> Choice:
-        return self.chosen.get(asked.key) or candidates(asked)[0]
+        name = asked.key
+        if name in self.chosen:
+            return self.chosen[name]
+        if name not in self.likeliest:  # prompts ask for each of a model's products
+            self.likeliest[name] = candidates(asked)[0]
+        return self.likeliest[name]
 
     def refuse(self, choice: Choice, why: Exception, asked: Asked) -> None:
         """Takes the next candidate from now on, since this one does not run here. Raises `why` where none is left, or where it is
