@@ -11,16 +11,19 @@ import torch
 from infopt.kernels.gpu.choices import Asked, Choice, Table, bucket, enough, race
 from infopt.kernels.gpu.ops import multiply
 from infopt.kernels.gpu.products import Behind, Feed
-from infopt.kernels.gpu.weight import ROWS, Weight
+from infopt.kernels.gpu.weight import Weight
 from infopt.runtime.device_weights import DeviceModel
 
 #: Assumed of a GPU that does not say what its second-level cache holds.
 CACHE_BYTES = 50_000_000
+#: Inputs whose squares are one part of a feed's: what most products leave.
+PARTS = 16
 
 
 @dataclass(frozen=True)
 class Role:
-    """A product that every layer has, and what stands around it (`choices.Asked`)."""
+    """A product that every layer has, and what stands around it (`choices.Asked`); `has_norm`: what it is fed is still to be
+    divided by its root mean square."""
 
     weights: Sequence[Weight]
     activation: int | None = None
@@ -29,7 +32,7 @@ class Role:
     dtype: torch.dtype | None = None
 
     def asked(self, weight: Weight, rows: int, dtype: torch.dtype) -> Asked:
-        return Asked(weight, rows, dtype, self.activation, self.has_norm, self.feeds_norm)
+        return Asked(weight, rows, dtype, self.activation, self.feeds_norm)
 
 
 def roles(model: DeviceModel) -> list[Role]:
@@ -61,8 +64,8 @@ class _Timing:
     def __init__(self, asked: Asked, weights: Sequence[Weight], role: Role) -> None:
         rows, inner, device = bucket(asked.rows), asked.weight.inner, asked.weight.data.device
         x, squares = torch.randn(rows, inner, device=device).to(asked.dtype), None
-        if asked.has_norm:
-            squares = torch.full((inner // ROWS or 1, rows), float(ROWS), device=device)
+        if role.has_norm:
+            squares = torch.full((max(1, inner // PARTS), rows), float(PARTS), device=device)
         gain = torch.ones(asked.weight.rows, device=device, dtype=asked.dtype) if asked.feeds_norm else None
         residual = torch.zeros(rows, asked.weight.rows, device=device, dtype=asked.dtype) if asked.feeds_norm else None
         self.feed, self.weights = Feed(x, squares, 1e-5), weights

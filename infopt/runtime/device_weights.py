@@ -104,7 +104,7 @@ def packed(
         cos, sin = decoder.tables(name, decoder.context + BEYOND)
         turns[name] = cos.to(device), sin.to(device)
     layers = tuple(_layer(block, decoder, turns[block.rotary], weights, group, dtype, device) for block in decoder.blocks)
-    last = joined([out], head, device)
+    last = joined([out], head, device, dtype)
     is_tied = decoder.is_tied and last.bits is None and last.data.dtype == dtype
     own = last.data[: last.rows, : last.inner] if is_tied else table.detach().to(device, dtype, copy=True)
     release([embedding, out])
@@ -122,7 +122,7 @@ def _layer(
     device: torch.device,
 ) -> Layer:
     def taken(*modules: nn.Module, in_pairs: bool = False) -> Weight:
-        made = joined(modules, wanted, device, in_pairs=in_pairs, group=group)
+        made = joined(modules, wanted, device, dtype, in_pairs=in_pairs, group=group)
         release(modules)
         return made
 
@@ -146,12 +146,18 @@ def _gain(norm: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch
 
 
 def joined(
-    modules: Sequence[nn.Module], wanted: Wanted, device: torch.device, *, in_pairs: bool = False, group: int = GROUP
+    modules: Sequence[nn.Module],
+    wanted: Wanted,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    in_pairs: bool = False,
+    group: int = GROUP,
 ) -> Weight:
     """Layers that read the same input as one matrix; `in_pairs`: gate and up rows (or one layer's halves) take turns.
 
-    Integers of 4 and 8 bits stay what they are, if groups of theirs are a multiple of what a lane loads; floating-point weights
-    become what is `wanted`, auto being their own type.
+    Integers of 4 and 8 bits stay what they are, if their groups go with the kernels' blocks; floating-point weights become what
+    is `wanted`, auto being their own type, and that of activations, `dtype`, for what other integers stand for.
     """
 
     def put(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -176,7 +182,8 @@ def joined(
         return integers(*rounded(weight, bits, group), None, bits, group, bias)
     if wanted == "float8":
         return float8(weight, bias)
-    return plain(weight if wanted == "auto" else weight.to(getattr(torch, wanted)), bias)
+    own = dtype if known else weight.dtype
+    return plain(weight.to(own if wanted == "auto" else getattr(torch, wanted)), bias)
 
 
 def _fits(stored: weights.Integers) -> bool:

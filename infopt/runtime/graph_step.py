@@ -148,7 +148,7 @@ class GraphStep(OverPages):
         for run in runs:
             run.sequence.length += len(run.ids)
         tokens = [token for part in parts for token in part[0].tolist()]
-        logits = torch.cat([part[2] for part in parts]) if want_logits else None
+        logits = (parts[0][2] if len(parts) == 1 else torch.cat([part[2] for part in parts])) if want_logits else None
         return Output(tokens, [lead for leads in told for lead in leads], logits)
 
     def _device(self) -> AbstractContextManager[Any]:
@@ -169,6 +169,8 @@ class GraphStep(OverPages):
             )
             if run.all_logits or start + CHUNK >= len(ids):
                 answers.append(self._answers(feed if run.all_logits else feed.last(1)))
+        if len(answers) == 1:
+            return answers[0]
         tokens, leads, logits = (torch.cat(part) for part in zip(*answers, strict=True))
         return tokens, leads, logits
 

@@ -77,7 +77,8 @@ def test_the_kernels_are_the_twins(make: Make) -> None:
         step = opened(model, kv="float32", ops=ops)
         sequences = [step.open(), step.open(), step.open()]
         runs = [Run(sequences[0], IDS[:20]), Run(sequences[1], IDS[5:8]), Run(sequences[2], IDS[9:10])]
-        found.append([step.run(runs), step.run([Run(each, [7]) for each in sequences])])
+        long = step.run([Run(step.open(), IDS[:70], all_logits=True)])  # by the library's products
+        found.append([step.run(runs), step.run([Run(each, [7]) for each in sequences]), long])
     for twin, kernel in zip(*found, strict=True):
         assert off(kernel.logits, twin.logits.cpu()) < 1e-4
         assert kernel.tokens == twin.tokens
@@ -95,7 +96,7 @@ def test_a_step_as_a_gpu_computes_it(make: Make, weights: str, monkeypatch: pyte
     for ops in (TWINS, kernels(Table(), 8)):
         step = opened(model, ops=ops, weights=weights)
         sequences = [step.open(), step.open()]
-        step.run([Run(sequences[0], IDS[:20]), Run(sequences[1], IDS[5:8])])
+        step.run([Run(sequences[0], IDS[:7]), Run(sequences[1], IDS[5:8])])  # fewer than have float8 activations, too
         runs = ([Run(sequences[0], [7]), Run(sequences[1], [9, 8])], [Run(sequences[0], [3])])
         found.append([step.run(each).logits for each in runs])
     for twin, kernel in zip(*found, strict=True):
@@ -131,6 +132,17 @@ def test_weights_are_rounded_as_asked(make: Make, weights: str) -> None:
     assert f"weights {weights}, head float32" in step.about
     assert off(logits(step, step.open(), IDS[:40]), wanted(model, IDS[:40])) < 1e-4
     assert step.read_bytes < plain.read_bytes / 2
+
+
+def test_a_prompt_goes_in_parts(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, whole = make(), IDS[:50]
+    monkeypatch.setattr(graph_step, "CHUNK", 16)
+    step = opened(model, kv="float32")
+    assert off(logits(step, step.open(), whole), wanted(model, whole)) < 1e-4
+    last = step.run([Run(step.open(), whole)])
+    assert last.logits is not None
+    assert len(last.tokens) == len(last.logits) == 1
+    assert off(last.logits[0].cpu(), wanted(model, whole)[-1]) < 1e-4
 
 
 def test_it_says_what_the_cpu_says(make: Make) -> None:

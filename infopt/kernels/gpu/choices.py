@@ -24,7 +24,7 @@ MOST_ROWS = 512
 SLICED_ROWS = 16
 #: From so many rows on float8 weights are multiplied with activations rounded to float8 too; never by which is faster, since it
 #: is another result.
-SCALED_ROWS = 32
+SCALED_ROWS = 17
 #: Of a large GPU: bytes a second from memory, and through its second-level cache; warps that keep it loading.
 READ, THROUGH, WARPS = 4.3e12, 5.5e12, 8 * 132
 #: Of each candidate when they are timed, after a first one.
@@ -51,22 +51,20 @@ class Choice:
 
 @dataclass(frozen=True)
 class Asked:
-    """A product that a way is sought for. `dtype`: of activations; `has_norm`: its feed is still to be divided by its root mean
-    square; `feeds_norm`: it leaves squares itself."""
+    """A product that a way is sought for. `dtype`: of activations; `feeds_norm`: it leaves squares. Whether its feed is still to
+    be divided by its root mean square makes no difference to which way is fastest."""
 
     weight: Weight
     rows: int
     dtype: torch.dtype
     activation: int | None = None
-    has_norm: bool = False
     feeds_norm: bool = False
 
     @property
     def key(self) -> str:
         weight = self.weight
         shape = f"{weight.kind} {weight.rows}x{weight.inner} group {weight.group} zeros {int(weight.zeros is not None)}"
-        norms = f"norm {int(self.has_norm)}{int(self.feeds_norm)}"
-        fused = f"{norms} activation {-1 if self.activation is None else self.activation}"
+        fused = f"norm {int(self.feeds_norm)} activation {-1 if self.activation is None else self.activation}"
         return f"{shape} rows {bucket(self.rows)} {str(self.dtype).removeprefix('torch.')} {fused}"
 
 
@@ -79,25 +77,20 @@ def candidates(asked: Asked) -> list[Choice]:
     """What is worth a try, the likeliest first."""
     weight, count = asked.weight, bucket(asked.rows)
     is_scaled = weight.kind == "float8" and asked.dtype == torch.bfloat16 and weight.inner % 16 == 0
-    if is_scaled and asked.rows >= SCALED_ROWS:
+    if is_scaled and count >= SCALED_ROWS:
         return [Choice("scaled")]
     library = [Choice("library")]
-    if count <= 4 and not weight.bits:
-        return [*_vectors(weight, count), *_slices(weight, count)[:2], *library]
+    if count == 1 and not weight.bits:  # more rows of W are more loads at a time, and registers
+        vectors = [Choice("vector", block, 1, warps) for block, warps in ((4, 4), (8, 4), (4, 2), (8, 2))]
+        return [*vectors, *_slices(asked, count)[:2], *library]
     if count <= SLICED_ROWS:
-        return [*_slices(weight, count), *_tiles(weight, count)[:1], *library]
-    return [*_tiles(weight, count), *library] if count <= 64 else [*library, *_tiles(weight, count)]
+        return [*_slices(asked, count), *_tiles(asked, count)[:1], *library]
+    return [*_tiles(asked, count), *library] if count <= 64 else [*library, *_tiles(asked, count)]
 
 
-def _vectors(weight: Weight, count: int) -> list[Choice]:
-    """More rows of W a program are more loads at a time, and registers, of which rows of x take as many again."""
-    each = min(count, 4 if weight.kind != "float8" else 2)
-    sizes = ((4, 4), (8, 4), (4, 2), (8, 2), (4, 1)) if each == 1 else ((4, 1), (2, 2))
-    return [Choice("vector", block, each, warps) for block, warps in sizes]
-
-
-def _slices(weight: Weight, count: int) -> list[Choice]:
-    tile, inputs = max(8, count), 128 if weight.bits else 64
+def _slices(asked: Asked, count: int) -> list[Choice]:
+    weight, tile = asked.weight, max(8, count)
+    inputs = 128 if weight.bits else 64 if asked.dtype != torch.float32 else 32
     sizes = (
         (16, 8, 4, 3),
         (16, 16, 8, 2),
@@ -110,9 +103,12 @@ def _slices(weight: Weight, count: int) -> list[Choice]:
     return _likeliest(weight, count, made)[:4]
 
 
-def _tiles(weight: Weight, count: int) -> list[Choice]:
-    tile, inputs = min(64, max(16, count)), 128 if weight.bits else 64
-    sizes = ((64, 4, 4), (128, 4, 4), (128, 8, 4), (256, 8, 3)) if count >= 64 else ((64, 4, 4), (128, 8, 4))
+def _tiles(asked: Asked, count: int) -> list[Choice]:
+    weight, tile = asked.weight, min(64, max(16, count))
+    inputs = 128 if weight.bits else 64
+    sizes = [(64, 4, 4), (128, 4, 4), (128, 8, 4), (256, 8, 3)] if count >= 64 else [(64, 4, 4), (128, 8, 4)]
+    if asked.dtype == torch.float32 and not weight.bits:  # no tensor cores, and all in registers
+        sizes, inputs = sizes[:1], 32
     splits = [parts for parts in (1, 2, 4, 8) if parts == 1 or weight.padded_inner >= 512 * parts]
     made = [Choice("tiles", block, tile, warps, inputs, parts, stages) for block, warps, stages in sizes for parts in splits]
     return _likeliest(weight, count, made)[:5]
@@ -175,9 +171,10 @@ class Table:
         refused = self.failed.setdefault(asked.key, [])
         refused.append((choice, f"{type(why).__name__}: {why}"[:200]))
         left = [each for each in candidates(asked) if each not in [other for other, _ in refused]]
-        if not left or not is_too_large(why):
+        if not left or not is_too_large(why) or isinstance(why, torch.OutOfMemoryError):  # which says nothing of a way
             raise why
-        self.chosen[asked.key] = left[0]
+        self.chosen.pop(asked.key, None)
+        self.likeliest[asked.key] = left[0]
 
     def tune(
         self, asked: Asked, race: Callable[[Sequence[Choice]], tuple[dict[Choice, float], dict[Choice, str]]]

@@ -44,7 +44,7 @@ def kernels(table: Table, multiprocessors: int) -> Ops:
     """`table`: which way each product takes."""
 
     def product(feed: Feed, weight: Weight, behind: Behind = ALONE) -> tuple[torch.Tensor, Feed]:
-        asked = Asked(weight, len(feed.x), feed.x.dtype, behind.activation, feed.squares is not None, behind.gain is not None)
+        asked = Asked(weight, len(feed.x), feed.x.dtype, behind.activation, behind.gain is not None)
         while True:
             choice = table.find(asked)
             try:
@@ -79,7 +79,7 @@ def multiply(choice: Choice, feed: Feed, weight: Weight, behind: Behind = ALONE)
         return products.by_tiles(feed, weight, behind, splits=choice.splits, **tile)
     x = feed.x if feed.squares is None else feed.normed().to(feed.x.dtype)
     y = _scaled(x, weight) if choice.way == "scaled" else torch.nn.functional.linear(x, products.widened(weight, x.dtype))
-    y = _behind(y[:, : weight.rows], weight, behind).to(behind.dtype or x.dtype)
+    y = _behind(y[:, : weight.rows], weight, behind).to(behind.dtype or x.dtype).contiguous()
     return y, Feed(y) if behind.gain is None else Feed(norm.norm(y, behind.gain, behind.epsilon))
 
 

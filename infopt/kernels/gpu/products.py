@@ -1,7 +1,7 @@
 """Matrix products of few rows with weights of any kind: y = x · Wᵀ, and what stands around it in a decoder.
 
 Three ways (`product_kernels`). `vector` multiplies floating-point weights with a few rows in ordinary arithmetic; `slices` and
-`tiles` multiply on the tensor cores, for few rows and for many, and may split the inputs among programs, whose sums a second
+`tiles` multiply on the tensor cores, for few rows and for many; tiles may split the inputs among programs, whose sums a second
 launch adds in order. All work in float32 sums and give the same on every run.
 
 An RMSNorm between two products costs no launch: the first leaves its rows multiplied by the norm's gain, and the sums of their
@@ -80,38 +80,28 @@ def gated(y: torch.Tensor, activation: int) -> torch.Tensor:
     return up * (torch.nn.functional.silu(gate) if activation == 0 else torch.nn.functional.gelu(gate, approximate="tanh"))
 
 
-@dataclass(frozen=True)
-class _Around:
-    """What all kernels are told of a feed and of what stands behind. Squares of rows are left by each of `programs`."""
-
-    feed: Feed
-    weight: Weight
-    behind: Behind
-    programs: int
-
-    def make(self) -> tuple[torch.Tensor, Feed, dict[str, Any]]:
-        """The product's room, what it will feed, and the kernels' arguments."""
-        x, behind, squares = self.feed.x, self.behind, self.feed.squares
-        out = x.new_empty(len(x), self.weight.rows // (1 if behind.activation is None else 2), dtype=behind.dtype or x.dtype)
-        parts = 0 if squares is None else len(squares)
-        made: dict[str, Any] = {
-            "squares": squares, "parts": parts, "PARTS": triton.next_power_of_2(max(1, parts)), "epsilon": self.feed.epsilon,
-            "bias": self.weight.bias, "residual": behind.residual, "gain": behind.gain, "out": out, "fed": None, "left": None,
-            "M": len(x), "N": self.weight.rows, "K": self.weight.inner,
-            "ACT": -1 if behind.activation is None else behind.activation, **launch(),
-        }  # fmt: skip
-        if behind.gain is None:
-            return out, Feed(out), made
-        fed = Feed(torch.empty_like(out), x.new_empty(self.programs, len(x), dtype=torch.float32), behind.epsilon)
-        return out, fed, made | {"fed": fed.x, "left": fed.squares}
+def _around(feed: Feed, weight: Weight, behind: Behind, programs: int) -> tuple[torch.Tensor, Feed, dict[str, Any]]:
+    """The product's room, what it will feed, and what all kernels are told of these. Squares are left by each of `programs`."""
+    x, squares, activation = feed.x, feed.squares, behind.activation
+    out = x.new_empty(len(x), weight.rows if activation is None else weight.rows // 2, dtype=behind.dtype or x.dtype)
+    parts = 0 if squares is None else len(squares)
+    made: dict[str, Any] = {
+        "squares": squares, "parts": parts, "PARTS": triton.next_power_of_2(max(1, parts)), "epsilon": feed.epsilon,
+        "bias": weight.bias, "residual": behind.residual, "gain": behind.gain, "out": out, "fed": None, "left": None,
+        "M": len(x), "N": weight.rows, "K": weight.inner, "ACT": -1 if activation is None else activation, **launch(),
+    }  # fmt: skip
+    if behind.gain is None:
+        return out, Feed(out), made
+    fed = Feed(torch.empty_like(out), x.new_empty(programs, len(x), dtype=torch.float32), behind.epsilon)
+    return out, fed, made | {"fed": fed.x, "left": fed.squares}
 
 
 def by_vector(
     feed: Feed, weight: Weight, behind: Behind, *, block: int, rows: int, warps: int
 ) -> tuple[torch.Tensor, Feed]:  # fmt: skip
     """`block` rows of W, which is floating-point, and `rows` of x a program of `warps` warps."""
-    inputs, programs = 32 * warps * weight.unit, len(weight.data) // block
-    out, fed, around = _Around(feed, weight, behind, programs).make()
+    inputs, programs = 32 * warps * 16 // weight.data.itemsize, len(weight.data) // block
+    out, fed, around = _around(feed, weight, behind, programs)
     kernels.vector[programs, -(-len(feed.x) // rows)](
         feed.x, weight.data, weight.scales, padded=weight.padded_inner, BM=rows, BN=block, BK=inputs,
         EVEN=weight.inner % inputs == 0 and len(feed.x) % rows == 0, num_warps=warps, **around,
@@ -124,7 +114,7 @@ def by_slices(
 ) -> tuple[torch.Tensor, Feed]:
     """`block` rows of W and `rows` of x a program; `ways` times `inputs` inputs at a time, or as many as share scales."""
     programs, step = len(weight.data) // block, weight.step(inputs)
-    out, fed, around = _Around(feed, weight, behind, programs).make()
+    out, fed, around = _around(feed, weight, behind, programs)
     kernels.slices[programs, -(-len(feed.x) // rows)](
         feed.x, BM=rows, BN=block, WAYS=ways, num_warps=warps, num_stages=stages, **_read(feed.x, weight, step, ways), **around
     )
@@ -136,7 +126,7 @@ def by_tiles(
 ) -> tuple[torch.Tensor, Feed]:
     """Tiles of `block` rows of W, `rows` of x and `inputs` inputs, or as many as share scales; these in `splits` parts."""
     x, programs, wide = feed.x, len(weight.data) // block, min(256, triton.next_power_of_2(weight.rows))
-    out, fed, around = _Around(feed, weight, behind, programs if splits == 1 else -(-weight.rows // wide)).make()
+    out, fed, around = _around(feed, weight, behind, programs if splits == 1 else -(-weight.rows // wide))
     sums = x.new_empty(splits, len(x), weight.rows, dtype=torch.float32) if splits > 1 else None
     kernels.tiles[programs, -(-len(x) // rows), splits](
         x, sums=sums, BM=rows, BN=block, SPLITS=splits, num_warps=warps, num_stages=stages,

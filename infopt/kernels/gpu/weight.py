@@ -48,11 +48,6 @@ class Weight:
         return 16 // self.bits if self.bits else 1
 
     @property
-    def unit(self) -> int:
-        """Inputs that are never told apart: a block of integers, or what a lane loads at a time."""
-        return BLOCK * self.fields if self.bits else 16 // self.data.itemsize
-
-    @property
     def padded_inner(self) -> int:
         return self.data.shape[1] * self.fields
 

@@ -31,7 +31,7 @@ def made(kind: str) -> Weight:
 
 
 def test_the_fastest_is_kept(tmp_path: Path) -> None:
-    asked, path = Asked(made("int4"), 1, torch.bfloat16, has_norm=True), tmp_path / "of" / "gpu.json"
+    asked, path = Asked(made("int4"), 1, torch.bfloat16), tmp_path / "of" / "gpu.json"
     table = Table(path)
     tried: list[Choice] = []
 
@@ -49,7 +49,7 @@ def test_the_fastest_is_kept(tmp_path: Path) -> None:
     again = Table(path)
     assert again.find(asked) == table.find(asked)
     again.tune(asked, lambda choices: pytest.fail("it is known"))
-    for other in ({"has_norm": False}, {"dtype": torch.float16}, {"feeds_norm": True}, {"activation": 0}, {"rows": 2}):
+    for other in ({"dtype": torch.float16}, {"feeds_norm": True}, {"activation": 0}, {"rows": 2}):
         assert again.find(replace(asked, **other)).way == "slices"  # other products
     Table(is_timed=False).tune(asked, lambda choices: pytest.fail("it was not asked for"))
 
@@ -70,13 +70,19 @@ def test_candidates_are_what_the_kind_and_the_rows_allow() -> None:
             if kind == "float8" and rows >= 32:
                 assert ways == {"scaled"}  # whichever is faster: it is another result
                 continue
-            assert ("vector" in ways) == (rows <= 4 and kind != "int4")
+            assert ("vector" in ways) == (rows == 1 and kind != "int4")
             assert ("slices" in ways) == (rows <= 16)
             assert "scaled" not in ways
             assert "library" in ways
             for choice in found:
                 assert choice.ways % choice.warps == 0 or choice.way != "slices"  # or warps would do the same
                 assert not choice.block or len(made(kind).data) % choice.block == 0
+
+
+def test_float8_means_the_same_for_all_rows_that_share_a_choice() -> None:
+    for rows in range(17, 33):
+        assert candidates(Asked(made("float8"), rows, torch.bfloat16)) == [Choice("scaled")]
+    assert candidates(Asked(made("float8"), 16, torch.bfloat16)) != [Choice("scaled")]
 
 
 def test_the_likeliest_reads_few_activations_and_keeps_a_gpu_busy() -> None:
@@ -139,12 +145,19 @@ def test_a_way_that_has_no_room_here_gives_place_to_the_next(monkeypatch: pytest
     product(feed, weight)
     assert len(tried) == 3
     assert tried[0] != tried[1] == tried[2]
-    monkeypatch.setattr(ops, "multiply", lambda *given, **named: pytest.fail("no more"))
     assert "Hardware limit" in next(iter(table.failed.values()))[0][1]
+    assert not table.chosen  # nothing was timed: it is not kept on disk
 
     def broken(*given: object) -> tuple[torch.Tensor, Feed]:
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(ops, "multiply", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
+        product(feed, weight)
+
+    def full(*given: object) -> tuple[torch.Tensor, Feed]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ops, "multiply", full)
+    with pytest.raises(torch.OutOfMemoryError):  # of a long prompt; another way would have no more room
         product(feed, weight)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from gpu_predict import INSTRUCTIONS
+from gpu_predict import BESIDE, INSTRUCTIONS
 
 from infopt.kernels.gpu.launches import KERNELS
 
@@ -53,11 +53,14 @@ def test_nothing_spills(made: list[dict[str, Any]]) -> None:
 
 def test_weights_and_keys_are_read_16_bytes_at_a_time(made: list[dict[str, Any]]) -> None:
     assert not [row for row in made if "16" not in row["loads"] and row["kernel"] not in SMALL]
+    products = [row for row in made if "needed" in row]
+    assert len(products) > 50
+    assert not [row for row in products if row["loads"]["16"] < row["needed"]]
 
 
 def test_tiles_use_tensor_cores(made: list[dict[str, Any]]) -> None:
     for row in made:
-        if row["kernel"] in ("tiles", "attend"):
+        if row["kernel"] in ("slices", "tiles", "attend"):
             kinds = {name.split(".")[0] for name in row["operations"]}
             assert kinds & {"HGMMA", "HMMA"}, row["step"]
 
@@ -66,12 +69,17 @@ def test_shared_memory_fits(made: list[dict[str, Any]]) -> None:
     assert not [row for row in made if row["shared_bytes"] > SHARED[row["capability"]]]
 
 
-def test_a_weight_takes_the_instructions_that_are_reckoned_with(made: list[dict[str, Any]]) -> None:
-    """No more, since an H200 issues some three while it reads one of four bits; nor many fewer, or the reckoning is wrong."""
-    seen: dict[tuple[str, str], list[float]] = {}
+def test_products_take_the_instructions_that_are_reckoned_with(made: list[dict[str, Any]]) -> None:
+    """No more, since an H200 issues some three while it reads a weight of four bits; nor many fewer, or the reckoning is
+    wrong."""
+    weights: dict[tuple[str, str], list[float]] = {}
+    programs: dict[str, list[int]] = {}
     for row in made:
-        if "instructions" in row and row["capability"] == 90:
-            seen.setdefault((row["kernel"], row["weights"]), []).append(row["instructions"])
-    assert seen.keys() == INSTRUCTIONS.keys()
-    for key, found in seen.items():
-        assert 0.6 * INSTRUCTIONS[key] < max(found) <= INSTRUCTIONS[key], (key, found)
+        if "each" in row and row["is_first"] and row["capability"] == 90:
+            weights.setdefault((row["kernel"], row["weights"]), []).append(row["loop"] / row["each"])
+            programs.setdefault(row["kernel"], []).append(sum(row["operations"].values()) - row["loop"])
+    assert (weights.keys(), programs.keys()) == (INSTRUCTIONS.keys(), BESIDE.keys())
+    for key, numbers in weights.items():
+        assert 0.6 * INSTRUCTIONS[key] < max(numbers) <= INSTRUCTIONS[key], (key, numbers)
+    for name, counts in programs.items():
+        assert sum(counts) / len(counts) == pytest.approx(BESIDE[name], rel=0.35), (name, counts)

@@ -7,7 +7,7 @@ import torch
 from ptx import teach
 
 from infopt.kernels.gpu import norm, ops, products
-from infopt.kernels.gpu.choices import Choice
+from infopt.kernels.gpu.choices import Asked, Choice, candidates
 from infopt.kernels.gpu.products import Behind, Feed
 from infopt.kernels.gpu.weight import Weight, dense, float8, integers, plain
 from infopt.kernels.packed import rounded
@@ -53,6 +53,8 @@ def both(
         dtype,
     )
     found, follows = ops.multiply(choice, feed, made, behind)
+    assert found.is_contiguous()
+    assert follows.x.is_contiguous()
     wanted, should_follow = products.twin(feed, made, behind)
     if fused == "norm behind":
         assert off(follows.normed(), should_follow.normed()) < (CLOSE if x.dtype == torch.float32 else 2e-3)
@@ -95,6 +97,17 @@ def test_inputs_that_fill_no_block(inner: int, device: str) -> None:
             assert off(found, wanted) < CLOSE, (kind, choice)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 16, 64])
+@pytest.mark.parametrize("kind", ["int4", "float32"])
+def test_all_that_is_tried_is_right(kind: str, rows: int, device: str) -> None:
+    """Of a weight whose rows fill no block of 128."""
+    torch.manual_seed(7)
+    made, x = weight(kind, 160, 512, group=128), torch.randn(rows, 512)
+    for choice in candidates(Asked(made, rows, torch.float32)):
+        found, wanted = both(choice, x, made, "alone", device)
+        assert off(found, wanted) < CLOSE, choice
+
+
 @pytest.mark.parametrize(("rows", "choice"), [
     (1, Choice("vector", 8, 1, 1)), (5, Choice("vector", 2, 4, 2)), (17, TILES), (11, SLICES), (9, WAYS["slices of twos"]),
 ])  # fmt: skip
@@ -118,8 +131,8 @@ def test_extremes(choice: Choice, device: str) -> None:
     assert off(found, wanted) < CLOSE
     zeros = both(choice, torch.zeros(1, 128), made, "alone", device)
     assert torch.equal(*(part.cpu() for part in zeros))
-    after = ops.multiply(choice, Feed(torch.zeros(1, 128), torch.zeros(1, 1), 1e-6), made)[0]
-    assert torch.equal(after, torch.zeros(1, 4))  # a norm of nothing
+    nothing = Feed(torch.zeros(1, 128, device=device), torch.zeros(1, 1, device=device), 1e-6)
+    assert not ops.multiply(choice, nothing, made.to(device))[0].any()  # nor is a norm of nothing anything
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

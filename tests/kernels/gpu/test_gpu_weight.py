@@ -1,4 +1,4 @@
-"""What the shuffled words stand for, and that nothing is lost on the way."""
+"""What packed integers stand for, and that nothing is lost on the way."""
 
 from __future__ import annotations
 
