@@ -85,7 +85,7 @@ class NativeEngine:
             self._choose(asks)
         told: list[Told] = []
         answers = self._loop.run(asks, lambda each, _: told.append(each))
-        if not self._has_remarked:
+        if not self._has_remarked and self.model.step.remarks:
             self.notes, self._has_remarked = (*self.notes, *self.model.step.remarks), True
         return _trace(told, answers, drafts=self._loop.drafter is not None)
 

@@ -82,34 +82,37 @@ class Capturing:
 
     def make(self, call: Captured, compute: Callable[[Captured], None]) -> None:
         """`compute`: the step; it leaves `call.logits`, which stay where they are in every replay."""
-        self._capture(call, compute, bool(self.overlaps))
+        self._capture(call, compute, bool(self.overlaps), self._pool)
         if self.overlaps is None:
-            other = replace(call)
-            self.overlaps = self._is_better(call, other, compute)
+            other, pool = replace(call), torch.cuda.graph_pool_handle()
+            self.overlaps = self._is_better(call, other, compute, pool)
             if self.overlaps:
-                call.graph, call.logits = other.graph, other.logits
+                call.graph, call.logits, self._pool = other.graph, other.logits, pool
 
-    def _capture(self, call: Captured, compute: Callable[[Captured], None], overlaps: bool) -> None:
-        with overlapping(overlaps):
+    def _capture(self, call: Captured, compute: Callable[[Captured], None], overlaps: bool, pool: Any) -> None:
+        with overlapping(overlaps), torch.cuda.stream(torch.cuda.current_stream()):  # whatever fails, that is the stream again
             self._side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._side):
                 compute(call)  # compiles the kernels, which a capture cannot
             torch.cuda.current_stream().wait_stream(self._side)
             call.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(call.graph, pool=self._pool, stream=self._side):
+            with torch.cuda.graph(call.graph, pool=pool, stream=self._side):
                 compute(call)
 
-    def _is_better(self, call: Captured, other: Captured, compute: Callable[[Captured], None]) -> bool:
+    def _is_better(self, call: Captured, other: Captured, compute: Callable[[Captured], None], pool: Any) -> bool:
         try:
-            self._capture(other, compute, True)
+            self._capture(other, compute, True, pool)
+        except (torch.OutOfMemoryError, TypeError, AssertionError):
+            raise
         except Exception as error:  # Triton and CUDA raise of every kind
             self.about_overlap = f"launches do not overlap: {type(error).__name__}: {error}"[:200]
             return False
         source = torch.Generator(call.ids.device).manual_seed(0)
-        for _ in range(CHECKS):  # other tokens each time, so that what was left from the last is noticed
+        for _ in range(CHECKS):
+            # Other tokens each time, and the one that overlaps first: if it reads too soon it finds what was left of the last.
             ids = torch.randint(call.logits.shape[1], call.ids.shape, generator=source, device=call.ids.device)
-            found = [replayed(each, ids) for each in (call, other)]
-            if not all(torch.equal(plain, overlapped) for plain, overlapped in zip(*found, strict=True)):
+            found = [replayed(each, ids) for each in (other, call)]
+            if not all(torch.equal(*parts) for parts in zip(*found, strict=True)):
                 self.about_overlap = "launches do not overlap: they would find something else"
                 return False
         seconds: tuple[list[float], list[float]] = ([], [])
@@ -118,7 +121,6 @@ class Capturing:
                 kept.append(timed(each))
         plain, overlapped = (sorted(kept)[CHECKS // 2] for kept in seconds)
         self.about_overlap = f"a step takes {overlapped * 1e6:.0f} µs where launches overlap, {plain * 1e6:.0f} where not"
-        call.where.lengths.zero_()
         return overlapped < plain
 
 

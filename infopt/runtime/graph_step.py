@@ -66,7 +66,7 @@ class GraphStep(OverPages):
             len(model.layers), heads.kv_heads, heads.head_dim, self.kv_dtype, self.device, self.budget, on_move=self._forget
         )
         self.capturing = Capturing(self.device) if self.is_captured else None
-        self.capture_s = 0.0
+        self.captures, self.capture_s = 0, 0.0
         self._calls: dict[tuple[int, int], Captured] = {}
         self._pending: Pending | None = None
         self._forget()
@@ -96,9 +96,9 @@ class GraphStep(OverPages):
     @property
     def remarks(self) -> tuple[str, ...]:
         """Graphs, and whether launches overlap in them."""
-        if self.capturing is None or not self._calls:
+        if self.capturing is None or not self.captures:
             return ()
-        made = f"{len(self._calls)} graphs in {self.capture_s:.1f} s: kernels compiled, ways of products timed, steps captured"
+        made = f"{self.captures} graphs in {self.capture_s:.1f} s: kernels compiled, ways of products timed, steps captured"
         return made, self.capturing.about_overlap
 
     @property
@@ -148,7 +148,8 @@ class GraphStep(OverPages):
         for run in runs:
             run.sequence.length += len(run.ids)
         tokens = [token for part in parts for token in part[0].tolist()]
-        logits = (parts[0][2] if len(parts) == 1 else torch.cat([part[2] for part in parts])) if want_logits else None
+        # A copy: a graph leaves its own where the next replay writes.
+        logits = torch.cat([part[2] for part in parts]) if want_logits else None
         return Output(tokens, [lead for leads in told for lead in leads], logits)
 
     def _device(self) -> AbstractContextManager[Any]:
@@ -305,6 +306,7 @@ class GraphStep(OverPages):
             begin = time.perf_counter()
             self._calls[size, tokens] = self._made(size, tokens)
             self.capture_s += time.perf_counter() - begin
+            self.captures += 1
         return self._calls[size, tokens]
 
     def _made(self, rows: int, tokens: int) -> Captured:

@@ -168,10 +168,12 @@ class Table:
     def refuse(self, choice: Choice, why: Exception, asked: Asked) -> None:
         """Takes the next candidate from now on, since this one does not run here. Raises `why` where none is left, or where it is
         a mistake and no lack of room."""
+        if not is_too_large(why) or isinstance(why, torch.OutOfMemoryError):  # which says nothing of a way
+            raise why
         refused = self.failed.setdefault(asked.key, [])
         refused.append((choice, f"{type(why).__name__}: {why}"[:200]))
         left = [each for each in candidates(asked) if each not in [other for other, _ in refused]]
-        if not left or not is_too_large(why) or isinstance(why, torch.OutOfMemoryError):  # which says nothing of a way
+        if not left:
             raise why
         self.chosen.pop(asked.key, None)
         self.likeliest[asked.key] = left[0]

@@ -46,12 +46,12 @@ def wait(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def wait_with_weights(w, rows, row, BN: tl.constexpr, OVERLAP: tl.constexpr):
-    """The same; meanwhile the first weights of `rows` [BN], which have `row` elements each, come into the cache."""
+def wait_with_weights(w, rows, begin, row, BN: tl.constexpr, OVERLAP: tl.constexpr):
+    """The same; meanwhile the first weights of `rows` [BN] from `begin` on come into the cache, of `row` elements each."""
     if OVERLAP:
         gdc_launch_dependents()
         EACH: tl.constexpr = LINE // (w.dtype.element_ty.primitive_bitwidth // 8)
-        place = tl.minimum(tl.arange(0, LINES // BN) * EACH, row - 1)
+        place = tl.minimum(begin + tl.arange(0, LINES // BN) * EACH, row - 1)
         at = w + rows[:, None].to(tl.int64) * row + place[None, :]
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1

@@ -115,7 +115,7 @@ def vector(x, w, scales, squares, bias, residual, gain, out, fed, left, M, N, K,
     """BM rows of x with BN rows of W a program, BK floating-point inputs at a time. EVEN: nothing needs a mask."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    wait_with_weights(w, rows, padded, BN, OVERLAP)
+    wait_with_weights(w, rows, 0, padded, BN, OVERLAP)
     m3 = m[:, None, None]
     sums = tl.zeros([BM, BN, BK], tl.float32)
     for first in range(0, padded, BK):
@@ -174,7 +174,7 @@ def slices(x, w, scales, zeros, squares, bias, residual, gain, out, fed, left, M
     SUBS: tl.constexpr = BLOCK // GROUP if BITS and GROUP < BLOCK else 1
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    wait_with_weights(w, rows, row, BN, OVERLAP)
+    wait_with_weights(w, rows, 0, row, BN, OVERLAP)
     way = tl.arange(0, WAYS)[:, None] * STEP
     i = way + tl.arange(0, STEP)[None, :]
     at = rows[None, :, None].to(tl.int64) * row + i[:, None, :]
@@ -212,9 +212,9 @@ def tiles(x, w, scales, zeros, squares, bias, residual, gain, out, fed, left, su
     SUBS: tl.constexpr = BLOCK // GROUP if BITS and GROUP < BLOCK else 1
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    wait_with_weights(w, rows, row, BN, OVERLAP)
     each = tl.cdiv(tl.cdiv(row, STEP), SPLITS) * STEP
     begin = tl.program_id(2) * each
+    wait_with_weights(w, rows, begin, row, BN, OVERLAP)
     i = tl.arange(0, STEP)
     at = rows[:, None].to(tl.int64) * row + i[None, :]
     k = (i // 16 * BLOCK + i % 16)[:, None]

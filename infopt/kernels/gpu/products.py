@@ -1,6 +1,6 @@
 """Matrix products of few rows with weights of any kind: y = x · Wᵀ, and what stands around it in a decoder.
 
-Three ways (`product_kernels`). `vector` multiplies floating-point weights with a few rows in ordinary arithmetic; `slices` and
+Three ways (`product_kernels`). `vector` multiplies floating-point weights with one row in ordinary arithmetic; `slices` and
 `tiles` multiply on the tensor cores, for few rows and for many; tiles may split the inputs among programs, whose sums a second
 launch adds in order. All work in float32 sums and give the same on every run.
 

@@ -90,12 +90,12 @@ def beside() -> Iterator[tuple[str, launches.Launch]]:
 
 
 def overlapping_ones() -> list[launches.Launch]:
-    """Each kernel once."""
+    """Each kernel as steps of several kinds have it."""
     found = {}
-    for kind, rows in (("int4", 1), ("bfloat16", 1), ("int4", 64)):
+    for kind, rows, tokens in (("int4", 1, 1), ("bfloat16", 1, 1), ("bfloat16", 2, 4), ("float8", 2, 4), ("int4", 64, 1)):
         with launches.recorded() as each, overlapping(True):
-            GraphStep(outline(SHAPES["8B"], kind), ops=kernels(Table(), 132)).rehearse(rows, 1)
-        found |= {launch.name: launch for launch in each}
+            GraphStep(outline(SHAPES["8B"], kind), ops=kernels(Table(), 132)).rehearse(rows, tokens)
+        found |= {(launch.name, launch.signature, launch.constants): launch for launch in each}
     return list(found.values())
 
 
