@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class DeviceModel:
         """What a step of one token reads of the weights."""
         return self.outside.head.nbytes + sum(weight.nbytes for layer in self.layers for weight in layer.weights)
 
-    @property
+    @cached_property
     def fuses_norms(self) -> bool:
         """Whether norms go with the products around them: not where more stands between these, nor in float16, which may not hold
         a row before it is divided."""

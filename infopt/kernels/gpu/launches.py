@@ -41,7 +41,7 @@ MEMORY = ("LDG", "LD.", "ST", "RED", "ATOM")
 @dataclass(frozen=True)
 class Launch:
     """`signature`: Triton's type of each argument; `constants`: values of those that are compiled in; `aligned`: indices of
-    pointers and numbers that are known to be multiples of 16; `numbers`: what the other numbers are."""
+    pointers and numbers that are known to be multiples of 16."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -50,7 +50,6 @@ class Launch:
     aligned: tuple[int, ...]
     warps: int
     stages: int
-    numbers: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -98,7 +97,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], named: di
     warps, stages, _ = named.pop("num_warps", 4), named.pop("num_stages", 3), named.pop("launch_pdl", None)
     given = dict(zip(kernel.arg_names, args, strict=False)) | named
     known = kernel.fn.__annotations__
-    signature, constants, aligned, numbers = [], [], [], []
+    signature, constants, aligned = [], [], []
     for index, name in enumerate(kernel.arg_names):
         value = given[name]
         if isinstance(value, torch.Tensor):
@@ -111,10 +110,9 @@ def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], named: di
             signature.append((name, "fp32"))
         else:
             signature.append((name, "i32"))
-            numbers.append((name, value))
             if value % ALIGNED == 0:
                 aligned.append(index)
-    return Launch(kernel, grid, tuple(signature), tuple(constants), tuple(aligned), warps, stages, tuple(numbers))
+    return Launch(kernel, grid, tuple(signature), tuple(constants), tuple(aligned), warps, stages)
 
 
 def compiled(launch: Launch, capability: int) -> MachineCode:
